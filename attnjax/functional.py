@@ -1,0 +1,1 @@
+"""Every function of the library by one name: `import attnjax.functional as F`."""

@@ -1,0 +1,98 @@
+"""Choice of tile sizes for the XLA body: a cost model over the tiles that a mask makes it visit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pallas_kernels.blocklist import BlockList, block_list
+from pallas_kernels.maskprogram import MaskProgram
+
+QUERY_BLOCKS = (128, 256, 512, 1024, 2048)
+KEY_BLOCKS = (128, 256, 512)
+GROUPED_KEYS = 1024
+"""Most keys of one step when several listed blocks are taken together."""
+
+STEP_COST = 12_000.0
+"""Cost of one step in score elements, measured on a CPU of 2 cores: loop, copies, thread hand-over."""
+
+SEARCH_TILES = 1 << 16
+"""Candidates with more tiles than this are not classified for the search."""
+
+
+class Tiling(NamedTuple):
+    """Tile sizes in tokens, listed key blocks per step, and the block list they give."""
+
+    block_q: int
+    block_kv: int
+    group: int
+    lists: BlockList
+
+
+def choose_tiling(
+    mask: MaskProgram,
+    q_len: int,
+    kv_len: int,
+    *,
+    q_offset: Any,
+    num_heads: int,
+    batch: int,
+    block_sizes: tuple[int, int] | None = None,
+) -> Tiling:
+    """The tile sizes of least estimated cost, with their block list.
+
+    Args:
+      mask: any mask program; one with traced arrays gets fixed sizes, since nothing is known yet.
+      q_len, kv_len: in tokens.
+      q_offset: absolute index of the first query.
+      num_heads, batch: checked against the mask.
+      block_sizes: (block_q, block_kv) to use instead.
+    """
+
+    def lists(block_q: int, block_kv: int) -> BlockList:
+        return block_list(
+            mask, q_len, kv_len, block_q=block_q, block_kv=block_kv, q_offset=q_offset,
+            num_heads=num_heads, batch=batch,
+        )  # fmt: skip
+
+    if block_sizes is not None:
+        return Tiling(*block_sizes, 1, lists(*block_sizes))
+    sizes = [
+        (bq, bk)
+        for bq in _fitting(QUERY_BLOCKS, q_len)
+        for bk in _fitting(KEY_BLOCKS, kv_len)
+    ]
+    static = mask.is_static and isinstance(q_offset, (int, np.integer, np.ndarray))
+    if not static:
+        bq, bk = min(sizes, key=lambda s: abs(s[0] - 256) + abs(s[1] - 256))
+        return Tiling(bq, bk, 1, lists(bq, bk))
+    # per-head and per-row masks multiply the tiles: search on coarse candidates only
+    copies = (mask.num_heads or 1) * (mask.batch_size or 1)
+    affordable = [s for s in sizes if _tiles(q_len, kv_len, s) * copies <= SEARCH_TILES]
+    best, best_cost = None, float("inf")
+    for bq, bk in affordable or sizes[-1:]:
+        found = lists(bq, bk)
+        total = np.asarray(found.full_count) + np.asarray(found.partial_count)
+        for group in _groups(bk, int(total.max(initial=0))):
+            steps = (-(-total // group)).sum()
+            cost = steps * (bq * bk * group + STEP_COST)
+            if cost < best_cost:
+                best, best_cost = Tiling(bq, bk, group, found), cost
+    assert best is not None  # there is always one candidate
+    return best
+
+
+def _fitting(blocks: tuple[int, ...], length: int) -> list[int]:
+    """The sizes below the length, and the length itself (to a multiple of 8) when it is short."""
+    whole = -(-length // 8) * 8
+    return [b for b in blocks if b < whole] + ([whole] if whole <= blocks[-1] else [])
+
+
+def _tiles(q_len: int, kv_len: int, size: tuple[int, int]) -> int:
+    return -(-q_len // size[0]) * -(-kv_len // size[1])
+
+
+def _groups(block_kv: int, longest: int) -> list[int]:
+    most = max(1, min(GROUPED_KEYS // block_kv, longest))
+    return list(range(1, most + 1))
