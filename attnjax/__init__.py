@@ -12,9 +12,10 @@ import importlib
 from typing import Any
 
 import attnjax.mechanisms  # first: importing the package later would rebind the name  # noqa: F401
+from attnjax import mechanisms
 from attnjax.attention import Explanation, attention, explain
 from attnjax.merge import merge_attention
-from attnjax.spec import Mechanism, mechanisms
+from attnjax.spec import Mechanism
 from attnjax.taps import Edits, Patch
 
 __version__ = "0.1.0"

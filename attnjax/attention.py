@@ -57,8 +57,12 @@ class Explanation:
         text = f"{self.implementation}: {self.reason}"
         if self.block_q is not None:
             text += f" Tiles of {self.block_q} queries x {self.block_kv} keys"
-            text += "." if self.visited is None else (
-                f"; {self.visited:.1%} of them are visited, {self.unmasked:.1%} of these without a mask."
+            text += (
+                "."
+                if self.visited is None
+                else (
+                    f"; {self.visited:.1%} of them are visited, {self.unmasked:.1%} of these without a mask."
+                )
             )
         return text
 
@@ -184,7 +188,9 @@ def attention(
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def explain(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Explanation:
+def explain(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+) -> Explanation:
     """Says which path `attention` takes for these arguments, and why; nothing is computed.
 
     Args:
@@ -198,7 +204,9 @@ def explain(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None
     found: list[Explanation] = []
 
     def trace(query: Any, key: Any, value: Any, bias: Any) -> None:
-        found.append(_explain(_prepare(query, key, value, bias, mask, **options), options.get("block_sizes")))
+        found.append(
+            _explain(_prepare(query, key, value, bias, mask, **options), options.get("block_sizes"))
+        )
 
     jax.eval_shape(trace, query, key, value, bias)
     return found[0]
@@ -228,6 +236,7 @@ def _run_dense(call: _Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]
     offset = jnp.asarray(options.pop("q_offset"), jnp.int32).reshape(-1)
     keep = None
     if not isinstance(call.mask, Full):
+
         def axis(size: int, at: int) -> jax.Array:
             shape = tuple(size if i == at else 1 for i in range(4))
             return jax.lax.broadcasted_iota(jnp.int32, shape, at)
@@ -258,7 +267,9 @@ def _prepare(
     b, t, h, d = query.shape
     s = key.shape[1]
     if t == 0 or s == 0:
-        raise ValueError(f"attention: query and key need at least one token, got {query.shape} and {key.shape}.")
+        raise ValueError(
+            f"attention: query and key need at least one token, got {query.shape} and {key.shape}."
+        )
     full_shape = (b, h, t, s)
     for name in capture:
         if name not in CAPTURES:
@@ -268,9 +279,14 @@ def _prepare(
     mask_array = None
     if isinstance(mask, MaskProgram):
         program = mask
-        for label, has, want in (("num_heads", mask.num_heads, h), ("batch_size", mask.batch_size, b)):
+        for label, has, want in (
+            ("num_heads", mask.num_heads, h),
+            ("batch_size", mask.batch_size, b),
+        ):
             if has is not None and has != want:
-                raise ValueError(f"attention: mask is made for {label}={has}, but query {query.shape} has {want}.")
+                raise ValueError(
+                    f"attention: mask is made for {label}={has}, but query {query.shape} has {want}."
+                )
     elif mask is not None:
         mask_array = _broadcastable("mask", jnp.asarray(mask), full_shape)
         if mask_array.dtype != jnp.bool_:
@@ -283,7 +299,11 @@ def _prepare(
     if is_causal:
         program = _both(program, Causal())
     if local_window_size is not None:
-        sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+        sides = (
+            (local_window_size,) * 2
+            if isinstance(local_window_size, int)
+            else tuple(local_window_size)
+        )
         if len(sides) != 2 or min(sides) < 0:
             raise ValueError(
                 f"attention: local_window_size={local_window_size} must be one or two numbers of tokens "
@@ -291,7 +311,9 @@ def _prepare(
             )
         program = _both(program, Window(sides[0] + 1, sides[1]))
     if key_value_seq_lengths is not None:
-        program = _both(program, Lengths(_lengths("key_value_seq_lengths", key_value_seq_lengths, b)))
+        program = _both(
+            program, Lengths(_lengths("key_value_seq_lengths", key_value_seq_lengths, b))
+        )
     if query_seq_lengths is not None:
         query_seq_lengths = _lengths("query_seq_lengths", query_seq_lengths, b)
     static_offset = isinstance(q_offset, (int, np.integer))
@@ -302,12 +324,16 @@ def _prepare(
                 f"attention: q_offset must be an integer or an integer array of shape () or ({b},), got "
                 f"{q_offset.dtype} of shape {q_offset.shape}."
             )
-    program = _with_segments(program, segment_ids, kv_segment_ids, b, t, s, q_offset if static_offset else None)
+    program = _with_segments(
+        program, segment_ids, kv_segment_ids, b, t, s, q_offset if static_offset else None
+    )
     if sinks is not None and sinks.shape != (h,):
         raise ValueError(f"attention: sinks must have shape [heads] = ({h},), got {sinks.shape}.")
     if normalizer == "off_by_one":
         if sinks is not None:
-            raise ValueError("attention: normalizer='off_by_one' is sinks=zeros; pass one of the two.")
+            raise ValueError(
+                "attention: normalizer='off_by_one' is sinks=zeros; pass one of the two."
+            )
         sinks = jnp.zeros((h,), jnp.float32)
     elif isinstance(normalizer, str) and normalizer != "softmax":
         raise ValueError(
@@ -324,7 +350,9 @@ def _prepare(
         "softcap": softcap,
         "q_offset": int(q_offset) if static_offset else q_offset,
         "dropout_rate": float(dropout_rate),
-        "dropout_seed": jax.random.bits(dropout_rng, (2,), jnp.uint32) if dropout_rate > 0 else None,
+        "dropout_seed": jax.random.bits(dropout_rng, (2,), jnp.uint32)
+        if dropout_rate > 0
+        else None,
         "precision": precision,
     }
     return _Call(
@@ -346,7 +374,10 @@ def _choose(implementation: str | None, t: int, s: int, needs: dict[str, bool]) 
     if implementation == "dense":
         return "dense", "asked for by implementation='dense'."
     if dense_only:
-        return "dense", f"{', '.join(dense_only)} needs the weights of every pair ({t} x {s} per head)."
+        return (
+            "dense",
+            f"{', '.join(dense_only)} needs the weights of every pair ({t} x {s} per head).",
+        )
     if t <= DENSE_QUERIES:
         return "dense", f"{t} queries need only {t} x {s} scores per head."
     if t * s <= DENSE_SCORES:
@@ -359,12 +390,20 @@ def _both(program: MaskProgram, other: MaskProgram) -> MaskProgram:
 
 
 def _with_segments(
-    program: MaskProgram, segment_ids: Any, kv_segment_ids: Any, b: int, t: int, s: int, offset: int | None
+    program: MaskProgram,
+    segment_ids: Any,
+    kv_segment_ids: Any,
+    b: int,
+    t: int,
+    s: int,
+    offset: int | None,
 ) -> MaskProgram:
     if segment_ids is None and kv_segment_ids is None:
         return program
     if segment_ids is None:
-        raise ValueError("attention: kv_segment_ids needs segment_ids, the segments of the queries.")
+        raise ValueError(
+            "attention: kv_segment_ids needs segment_ids, the segments of the queries."
+        )
     segment_ids = jnp.asarray(segment_ids)
     checks.check_segments("attention", segment_ids, b, t)
     if kv_segment_ids is None:
@@ -396,12 +435,19 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
 def _lengths(name: str, x: Any, b: int) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape != (b,) or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"attention: {name} must be integers of shape ({b},), got {x.dtype} of shape {x.shape}.")
+        raise ValueError(
+            f"attention: {name} must be integers of shape ({b},), got {x.dtype} of shape {x.shape}."
+        )
     return x
 
 
 def _check_ranges(
-    scale: Any, softcap: Any, dropout_rate: float, dropout_rng: Any, implementation: Any, block_sizes: Any
+    scale: Any,
+    softcap: Any,
+    dropout_rate: float,
+    dropout_rng: Any,
+    implementation: Any,
+    block_sizes: Any,
 ) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -414,4 +460,6 @@ def _check_ranges(
     if dropout_rate > 0 and dropout_rng is None:
         raise ValueError("attention: dropout_rate > 0 needs dropout_rng=jax.random.key(...).")
     if block_sizes is not None and (len(block_sizes) != 2 or min(block_sizes) < 1):
-        raise ValueError(f"attention: block_sizes={block_sizes} must be two positive numbers of tokens.")
+        raise ValueError(
+            f"attention: block_sizes={block_sizes} must be two positive numbers of tokens."
+        )

@@ -51,7 +51,9 @@ def check_qkv(name: str, query: jax.Array, key: jax.Array, value: jax.Array) -> 
         )
 
 
-def check_segments(name: str, segment_ids: Any, batch: int, length: int, label: str = "segment_ids") -> None:
+def check_segments(
+    name: str, segment_ids: Any, batch: int, length: int, label: str = "segment_ids"
+) -> None:
     """Checks segment ids: integers of shape [batch, length].
 
     Raises:

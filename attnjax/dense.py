@@ -73,7 +73,9 @@ def dense_attention(
     dropped = weights
     if dropout_rate > 0:
         assert dropout_seed is not None  # checked by the caller
-        factors = tilemath.dropout_factors(dropout_seed, rows, heads, q_index, k_index, dropout_rate)
+        factors = tilemath.dropout_factors(
+            dropout_seed, rows, heads, q_index, k_index, dropout_rate
+        )
         dropped = weights * factors.astype(dtype)
     out = jnp.einsum(
         "bgrts,bsge->btgre",

@@ -77,17 +77,36 @@ class Mechanism:
 
 
 @functools.cache
-def mechanisms() -> dict[str, Mechanism]:
-    """The table of mechanisms, keyed by id and sorted: `{id: Mechanism}`."""
-    # Not `import attnjax.mechanisms as package`: that would read the name `attnjax.mechanisms`,
-    # which is this function.
+def _modules() -> tuple[Any, ...]:
+    """Every module below `attnjax.mechanisms` that holds a SPEC."""
     package = importlib.import_module("attnjax.mechanisms")
+    names = (info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."))
+    return tuple(m for m in map(importlib.import_module, names) if hasattr(m, "SPEC"))
 
-    table = {}
-    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        spec = getattr(importlib.import_module(info.name), "SPEC", None)
-        if spec is not None:
-            if spec.id in table:
-                raise ValueError(f"two mechanisms have the id {spec.id!r}; ids are file names and unique.")
-            table[spec.id] = spec
+
+@functools.cache
+def mechanisms() -> dict[str, Mechanism]:
+    """The table of mechanisms, keyed by id and sorted: `{id: Mechanism}`.
+
+    Raises:
+      ValueError: when two files declare the same id.
+    """
+    table: dict[str, Mechanism] = {}
+    for module in _modules():
+        spec = module.SPEC
+        if spec.id in table:
+            raise ValueError(
+                f"two mechanisms have the id {spec.id!r}; ids are file names and unique."
+            )
+        table[spec.id] = spec
     return dict(sorted(table.items()))
+
+
+def public_names(wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Public objects that mechanism files define themselves and that `wanted` accepts, by name."""
+    return {
+        name: x
+        for module in _modules()
+        for name, x in vars(module).items()
+        if not name.startswith("_") and wanted(x) and x.__module__ == module.__name__
+    }

@@ -27,7 +27,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], precision: Any = 
 
     `a` and `b` may differ in type, as probabilities (float32) and values (bfloat16) do.
     """
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = a.dtype if a.dtype == b.dtype else accumulator_dtype(a.dtype)
     return lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
@@ -74,26 +74,32 @@ def softmax_update(
     p = jnp.exp(scores - shift)
     alpha = jnp.exp(m - shift)
     weights = p if keep is None else p * keep
-    return m_new, l * alpha + p.sum(-1, keepdims=True), acc * alpha + dot(weights, v, (1, 0), precision)
+    return (
+        m_new,
+        l * alpha + p.sum(-1, keepdims=True),
+        acc * alpha + dot(weights, v, (1, 0), precision),
+    )
 
 
 def softmax_finish(
     carry: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """(output [m, e], lse [m]); rows without any key give 0 and -inf."""
+    """(output [m, e], lse [m, 1]); rows without any key give 0 and -inf."""
     m, l, acc = carry
     empty = l == 0
     safe = jnp.where(empty, jnp.ones_like(l), l)
     lse = jnp.where(empty, jnp.full_like(m, -jnp.inf), m + jnp.log(safe))
-    return acc / safe, lse[:, 0]
+    return acc / safe, lse
 
 
 def probabilities(scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """exp(s - lse) [m, n] from lse [m, 1]; rows without any key give 0."""
+    """exp(s - lse), lse broadcast along the keys; rows without any key give 0."""
     return jnp.exp(scores - jnp.where(lse == -jnp.inf, jnp.full_like(lse, jnp.inf), lse))
 
 
-def dropout_factors(seed: jax.Array, b: Any, h: Any, q: jax.Array, k: jax.Array, rate: float) -> jax.Array:
+def dropout_factors(
+    seed: jax.Array, b: Any, h: Any, q: jax.Array, k: jax.Array, rate: float
+) -> jax.Array:
     """0 with probability `rate`, else 1 / (1 - rate): a hash of (seed, b, h, q, k), so that every
     path drops the same weights.
 

@@ -14,13 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tilemath
-from pallas_kernels.blocklist import BlockList
+from pallas_kernels.blocklist import BlockList, block_list_from_map
 from pallas_kernels.dispatch import platform_primitive
 from pallas_kernels.flash import xla
 from pallas_kernels.flash.blocks import choose_tiling
 from pallas_kernels.flash.score import trace_score_mod
 from pallas_kernels.flash.spec import FlashSpec
-from pallas_kernels.maskprogram import MaskProgram
+from pallas_kernels.maskprogram import PARTIAL, MaskProgram
+
+LANES = 4
+"""Tiles that one step of the XLA body works on side by side, on CPUs of a few cores."""
+
+LANE_SCORES = 1 << 23
+"""Calls with fewer scores than this take one lane: they compile faster and are fast already."""
 
 
 def flash_attention(
@@ -76,11 +82,18 @@ def flash_attention(
     lists = tiling.lists
     if mask_array is not None:
         lists = _all_partial(lists)
-    full, partial = (np.asarray(x) if lists.is_static else None for x in (lists.full_count, lists.partial_count))
+    full, partial = (
+        np.asarray(x) if lists.is_static else None for x in (lists.full_count, lists.partial_count)
+    )
+    max_blocks = lists.num_kv_blocks
+    if full is not None and partial is not None:
+        max_blocks = max(1, int((full + partial).max(initial=0)))
     mod, consts = None, []
     if score_mod is not None:
         dtype = tilemath.accumulator_dtype(query.dtype)
-        mod, consts = trace_score_mod(score_mod, tiling.block_q, tiling.group * tiling.block_kv, dtype)
+        mod, consts = trace_score_mod(
+            score_mod, tiling.block_q, tiling.group * tiling.block_kv, dtype
+        )
     spec = FlashSpec(
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
@@ -92,7 +105,8 @@ def flash_attention(
         group=tiling.group,
         any_full=full is None or bool(full.any()),
         any_partial=partial is None or bool(partial.any()),
-        max_blocks=lists.num_kv_blocks if full is None else max(1, int((full + partial).max(initial=0))),
+        max_blocks=max_blocks,
+        lanes=LANES if b * h * t * max_blocks * tiling.block_kv >= LANE_SCORES else 1,
     )
     floats = tuple(bool(jnp.issubdtype(c.dtype, jnp.floating)) for c in consts)
     inputs = {
@@ -117,8 +131,6 @@ def flash_attention(
 
 def _all_partial(lists: BlockList) -> BlockList:
     """The same tiles, all with a mask: an array mask may hide anything inside a FULL tile."""
-    from pallas_kernels.blocklist import PARTIAL, block_list_from_map
-
     classes = lists.class_map()
     capped = (np if lists.is_static else jnp).minimum(classes, PARTIAL)
     return block_list_from_map(

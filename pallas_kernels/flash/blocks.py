@@ -59,9 +59,7 @@ def choose_tiling(
     if block_sizes is not None:
         return Tiling(*block_sizes, 1, lists(*block_sizes))
     sizes = [
-        (bq, bk)
-        for bq in _fitting(QUERY_BLOCKS, q_len)
-        for bk in _fitting(KEY_BLOCKS, kv_len)
+        (bq, bk) for bq in _fitting(QUERY_BLOCKS, q_len) for bk in _fitting(KEY_BLOCKS, kv_len)
     ]
     static = mask.is_static and isinstance(q_offset, (int, np.integer, np.ndarray))
     if not static:

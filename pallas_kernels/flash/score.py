@@ -35,28 +35,43 @@ class ScoreProgram:
 
 
 def trace_score_mod(
-    score_mod: Callable[..., jax.Array], rows: int, cols: int, dtype: Any
-) -> tuple[ScoreProgram, list[jax.Array]]:
-    """Traces a score_mod on tiles of [rows, cols] scores.
+    score_mod: Callable[..., jax.Array], queries: int, keys: int, dtype: Any
+) -> tuple[tuple[ScoreProgram, ScoreProgram], list[jax.Array]]:
+    """Traces a score_mod on tiles of [queries, keys] scores and on transposed ones.
 
     Returns:
-      The program and the arrays that the function closes over.
+      The two programs, and the arrays that the function closes over.
 
     Raises:
-      ValueError: when the result has not the shape of the scores.
+      ValueError: when the result has not the shape of the scores, or the two traces close over different
+        arrays.
     """
+    plain = _trace(score_mod, (queries, keys), (queries, 1), (1, keys), dtype)
+    turned = _trace(score_mod, (keys, queries), (1, queries), (keys, 1), dtype)
+    if len(plain.consts) != len(turned.consts) or any(
+        jnp.shape(a) != jnp.shape(b) for a, b in zip(plain.consts, turned.consts, strict=True)
+    ):
+        raise ValueError(
+            "score_mod: must treat every pair (q, k) alike, whatever the shape of the tile; arrays that it "
+            "makes from the shape of its arguments are not supported, derive them from q and k."
+        )
+    programs = ScoreProgram(plain.jaxpr), ScoreProgram(turned.jaxpr)
+    return programs, [jnp.asarray(c) for c in plain.consts]
+
+
+def _trace(score_mod: Any, shape: Any, q_shape: Any, k_shape: Any, dtype: Any) -> Any:
     index = jax.ShapeDtypeStruct((), jnp.int32)
     closed = jax.make_jaxpr(score_mod)(
-        jax.ShapeDtypeStruct((rows, cols), dtype),
+        jax.ShapeDtypeStruct(shape, dtype),
         index,
         index,
-        jax.ShapeDtypeStruct((rows, 1), jnp.int32),
-        jax.ShapeDtypeStruct((1, cols), jnp.int32),
+        jax.ShapeDtypeStruct(q_shape, jnp.int32),
+        jax.ShapeDtypeStruct(k_shape, jnp.int32),
     )
     (out,) = closed.out_avals
-    if out.shape != (rows, cols):
+    if out.shape != shape:
         raise ValueError(
-            f"score_mod: must return an array of the shape of its first argument, {(rows, cols)}, got "
-            f"{out.shape}; it receives (score [m, n], b [], h [], q [m, 1], k [1, n])."
+            f"score_mod: must return an array of the shape of its first argument, {shape}, got "
+            f"{out.shape}; it receives score [m, n], b [], h [], q [m, 1] and k [1, n]."
         )
-    return ScoreProgram(closed.jaxpr), [jnp.asarray(c) for c in closed.consts]
+    return closed

@@ -20,6 +20,7 @@ class FlashSpec:
       group: listed key blocks that one step takes together.
       any_full, any_partial: whether the lists may hold FULL and PARTIAL tiles.
       max_blocks: largest number of listed blocks in a row.
+      lanes: most tiles that one step works on side by side.
     """
 
     scale: float
@@ -33,3 +34,4 @@ class FlashSpec:
     any_full: bool
     any_partial: bool
     max_blocks: int
+    lanes: int

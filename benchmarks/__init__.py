@@ -1,0 +1,1 @@
+"""Measurements beside peers, in one process: `python -m benchmarks --help`."""

@@ -1,0 +1,21 @@
+"""Strict settings for every test: no implicit promotion, warnings are errors, 8 CPU devices."""
+
+import os
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if os.environ.get("ATTNJAX_TYPECHECK"):  # shapes and types of annotations, checked at every call
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["attnjax"], "beartype.beartype")
+
+
+@pytest.fixture
+def key():
+    """A random key, the same in every run."""
+    return jax.random.key(20240917)

@@ -1,0 +1,173 @@
+"""Properties of every registered mechanism, from the examples in their SPECs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import attnjax
+from attnjax.taps import Edits
+
+TABLE = attnjax.mechanisms()
+MODULES = [
+    i for i, spec in TABLE.items() if spec.example is not None and isinstance(spec.module, type)
+]
+KERNELS = {"flash", "linear", "neighborhood", "einsum"}
+KINDS = {"module", "function", "layout", "model"}
+
+
+@functools.cache
+def example(name):
+    """The module, its input, and the compiled call `(parameters, x, options) -> y`."""
+    module, x = TABLE[name].example()
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def call(state, x, options):
+        return nnx.merge(graph, state)(x, **options)
+
+    return module, x, lambda x, state=state, **options: call(state, x, options), state
+
+
+def takes(name, argument):
+    return argument in inspect.signature(TABLE[name].module.__call__).parameters
+
+
+def is_causal(name):
+    module = example(name)[0]
+    return TABLE[name].causal and (
+        not TABLE[name].bidirectional or getattr(module, "causal", False)
+    )
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_spec_is_complete(name):
+    spec = TABLE[name]
+    assert spec.id == name and spec.title and spec.cost and spec.causal | spec.bidirectional
+    assert spec.kernel in KERNELS and spec.kind in KINDS
+    assert spec.function is not None or spec.module is not None
+    for thing in (spec.function, spec.module):
+        assert thing is None or len(inspect.getdoc(thing) or "") > 80
+    if spec.module is not None and spec.kind == "module":
+        assert spec.example is not None
+
+
+@pytest.mark.parametrize("name", MODULES)
+class TestModule:
+    def test_shape_and_dtype(self, name):
+        _, x, call, _ = example(name)
+        y = call(x)
+        assert y.shape[:-1] == x.shape[:-1] and y.dtype == x.dtype
+        assert np.isfinite(y).all()
+
+    def test_every_parameter_names_its_axes(self, name):
+        for path, variable in nnx.to_flat_state(nnx.state(example(name)[0], nnx.Param)):
+            axes = variable.get_metadata().get("axes")
+            assert axes is not None and len(axes) == variable.get_value().ndim, path
+
+    def test_gradients_are_finite(self, name):
+        _, x, call, state = example(name)
+        grads = jax.grad(lambda s, x: (call(x, s) ** 2).sum(), argnums=(0, 1), allow_int=True)(
+            state, x
+        )
+        leaves = [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
+        assert all(np.isfinite(g).all() for g in leaves)
+        assert np.abs(grads[1]).max() > 0
+
+    def test_causality_by_gradient(self, name):
+        if not is_causal(name):
+            pytest.skip("sees in both directions")
+        _, x, call, _ = example(name)
+        t = x.shape[1] // 2
+        grad = jax.grad(lambda x: (call(x)[:, t] ** 2).sum())(x)
+        assert_array_equal(grad[:, t + 1 :], jnp.zeros_like(grad[:, t + 1 :]))
+        assert np.abs(grad[:, : t + 1]).max() > 0
+
+    def test_nan_in_padding_changes_nothing(self, name):
+        if not takes(name, "valid"):
+            pytest.skip("takes no valid")
+        _, x, call, state = example(name)
+        valid = jnp.arange(x.shape[1])[None] < jnp.array([[x.shape[1]], [x.shape[1] // 2]])
+        keep = valid[..., None]
+
+        def loss(state, x):
+            return jnp.where(keep, call(x, state, valid=valid) ** 2, 0.0).sum()
+
+        got, want = (
+            jax.value_and_grad(loss)(state, jnp.where(keep, x, pad)) for pad in (jnp.nan, 0.0)
+        )
+        jax.tree.map(assert_array_equal, got, want)
+        short = call(x[1:, : x.shape[1] // 2])
+        full = call(jnp.where(keep, x, jnp.nan), valid=valid)
+        assert_allclose(full[1:, : x.shape[1] // 2], short, rtol=1e-4, atol=1e-5)
+
+    def test_segments_are_kept_apart(self, name):
+        if not TABLE[name].segment_ids:
+            pytest.skip("no segment ids")
+        _, x, call, _ = example(name)
+        if not takes(name, "segment_ids"):
+            pytest.skip("module takes none")
+        cut = x.shape[1] // 2
+        ids = jnp.broadcast_to((jnp.arange(x.shape[1]) >= cut).astype(jnp.int32)[None], x.shape[:2])
+        positions = jnp.where(
+            ids == 0, jnp.arange(x.shape[1])[None], jnp.arange(x.shape[1])[None] - cut
+        )
+        options = {"positions": positions} if takes(name, "positions") else {}
+        got = call(x, segment_ids=ids, **options)
+        assert_allclose(got[:, :cut], call(x[:, :cut]), rtol=1e-4, atol=1e-5)
+        if not hasattr(example(name)[0], "layout") or name == "multi_head_attention":
+            assert_allclose(got[:, cut:], call(x[:, cut:]), rtol=1e-4, atol=1e-5)
+
+    def test_decoding_equals_the_parallel_form(self, name):
+        if TABLE[name].cache is None or not is_causal(name):
+            pytest.skip("does not decode")
+        module, x, call, state = example(name)
+        cache = module.init_cache(x.shape[0], x.shape[1] + 3)
+        outputs = []
+        for i in range(x.shape[1]):
+            y, cache = call(x[:, i : i + 1], state, cache=cache)
+            outputs.append(y)
+        assert_allclose(jnp.concatenate(outputs, 1), call(x), rtol=2e-4, atol=2e-5)
+
+    def test_empty_edits_change_no_bit(self, name):
+        if not takes(name, "edits"):
+            pytest.skip("takes no edits")
+        _, x, call, _ = example(name)
+        assert_array_equal(call(x, edits=Edits()), call(x))
+
+    def test_vmap(self, name):
+        module, x, call, _ = example(name)
+        many = jnp.stack([x, 2 * x])
+        got = jax.jit(jax.vmap(module))(many)
+        assert_allclose(got[1], call(2 * x), rtol=1e-4, atol=1e-5)
+
+    def test_float64(self, name):
+        _, x, call, state = example(name)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda a: a.astype(jnp.float64), state)
+            y = call(x.astype(jnp.float64), wide)
+            assert y.dtype == jnp.float64
+            assert_allclose(y, call(x), rtol=1e-4, atol=1e-5)
+
+    def test_sixteen_bits(self, name):
+        _, x, call, state = example(name)
+        y = call(x.astype(jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+        assert y.dtype == jnp.bfloat16
+        assert_allclose(np.float32(y), call(x), rtol=0.1, atol=0.1)
+
+
+def test_table_is_sorted_and_complete():
+    assert list(TABLE) == sorted(TABLE)
+    assert {"multi_head_attention", "longgen", "lightning_attention"} <= set(TABLE)
+
+
+def test_require_names_what_is_supported():
+    with pytest.raises(NotImplementedError, match="longgen does not support bidirectional"):
+        TABLE["longgen"].require(bidirectional=True)
