@@ -3,20 +3,26 @@
     import attnjax as aj
     out = aj.attention(q, k, v, mask=aj.masks.Causal() & (aj.masks.Window(1024) | aj.masks.Sink(4)))
 
-`aj.functional` holds the functions, `aj.nn` the Flax NNX modules, `aj.mechanisms()` the table of them.
+`aj.functional` holds the functions, `aj.nn` the Flax NNX modules, `aj.mechanisms()` the table of
+them.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attnjax.mechanisms  # first: importing the package later would rebind the name  # noqa: F401
-from attnjax import mechanisms
 from attnjax.attention import Explanation, attention, explain
 from attnjax.merge import merge_attention
 from attnjax.spec import Mechanism
 from attnjax.taps import Edits, Patch
+
+if TYPE_CHECKING:  # no checker sees that the package is callable and that submodules load late
+    from attnjax import cache, functional, masks, models, nn, positions
+    from attnjax.spec import mechanisms as mechanisms
+else:
+    from attnjax import mechanisms
 
 __version__ = "0.1.0"
 __all__ = [

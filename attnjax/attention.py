@@ -2,8 +2,8 @@
 
     scores → bias → softcap → score_mod → mask → normalizer → weights → sum over values
 
-The dense path is the formula; the block-sparse path visits only the tiles that the mask leaves and needs
-O(T) memory in both directions. `explain` says which of them a call takes, and why.
+The dense path is the formula; the block-sparse path visits only the tiles that the mask leaves and
+needs O(T) memory in both directions. `explain` says which of them a call takes, and why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnjax import checks
 from attnjax.dense import dense_attention
-from attnjax.masks import Causal, Full, Lengths, Segments, Window
+from attnjax.masks import Causal, Full, Lengths, Mask, Segments, Window
 from pallas_kernels.flash import flash_attention
 from pallas_kernels.flash.blocks import choose_tiling
 from pallas_kernels.maskprogram import MaskProgram
@@ -57,13 +57,10 @@ class Explanation:
         text = f"{self.implementation}: {self.reason}"
         if self.block_q is not None:
             text += f" Tiles of {self.block_q} queries x {self.block_kv} keys"
-            text += (
-                "."
-                if self.visited is None
-                else (
-                    f"; {self.visited:.1%} of them are visited, {self.unmasked:.1%} of these without a mask."
-                )
-            )
+            if self.visited is not None:
+                text += f"; {self.visited:.1%} of them are visited, "
+                text += f"{self.unmasked:.1%} of these without a mask"
+            text += "."
         return text
 
 
@@ -77,7 +74,7 @@ class _Call(NamedTuple):
     mask_array: jax.Array | None
     bias: jax.Array | None
     options: dict[str, Any]
-    normalizer: Callable[..., jax.Array] | None
+    normalizer: Callable[..., Any] | None
     weight_edit: Callable[..., jax.Array] | None
     query_lengths: jax.Array | None
     implementation: str
@@ -114,21 +111,22 @@ def attention(
 ) -> Any:
     """Softmax attention with open stages; names and meanings as `jax.nn.dot_product_attention`.
 
-        s_tk = scale q_t·k_k + bias_tk;  s ← softcap(s);  s ← score_mod(s);  w = softmax over visible k
+        s_tk = scale q_t·k_k + bias_tk;  s ← softcap(s);  s ← score_mod(s)
+        w_t = softmax of s_t over the visible k
         o_t = Σ_k w_tk v_k;  lse_t = ln Σ_k e^{s_tk}
 
-    Query head i reads key/value head i // (h / g). A row that may attend to nothing gives 0, an lse of
-    -inf and zero gradients. The softmax runs in float32 (float64 for float64 inputs).
+    Query head i reads key/value head i // (h / g). A row that may attend to nothing gives 0, an lse
+    of -inf and zero gradients. The softmax runs in float32 (float64 for float64 inputs).
 
     Args:
-      query, key, value: shapes as annotated, with one batch axis or none; h a multiple of g; s and e
-        are free.
+      query, key, value: shapes as annotated, with one batch axis or none; h a multiple of g; s and
+        e are free.
       bias: broadcastable to [b, h, t, s], added to the scores. It has a gradient.
       mask: a mask of `attnjax.masks`, or booleans broadcastable to [b, h, t, s], True = attend.
       scale: factor of q·k; None is d^-0.5.
       is_causal: query t sees keys up to its own index.
-      query_seq_lengths, key_value_seq_lengths: [b] true lengths in tokens; what lies behind is padding,
-        and padded queries give 0.
+      query_seq_lengths, key_value_seq_lengths: [b] true lengths in tokens; what lies behind is
+        padding, and padded queries give 0.
       local_window_size: tokens visible to the left and right of a query, an integer for both.
       implementation: None chooses; "dense", "block_sparse", or "xla" for whichever XLA path fits.
       return_residual: also return lse.
@@ -140,8 +138,8 @@ def attention(
       kv_segment_ids: [b, s], when they differ from `segment_ids`.
       normalizer: "softmax"; "off_by_one" for e^s / (1 + Σ e^s); or a function (masked scores
         [b, h, t, s], keep or None) -> weights, which needs the dense path.
-      q_offset: absolute index of the first query, an integer or an integer array () or [b]: the number
-        of tokens already in a cache. Keys are at 0 .. s-1.
+      q_offset: absolute index of the first query, an integer or an integer array () or [b]: the
+        number of tokens already in a cache. Keys are at 0 .. s-1.
       dropout_rate, dropout_rng: probability of dropping a weight, and the key to draw from.
       weight_edit: function weights [b, h, t, s] -> weights; needs the dense path.
       capture: any of "scores", "weights"; needs the dense path.
@@ -149,8 +147,8 @@ def attention(
       block_sizes: (queries, keys) of a tile, in tokens; None chooses by cost.
 
     Returns:
-      Output [b, t, h, e] in the query's dtype; (output, lse [b, t, h]) with `return_residual`; and last a
-      dict of [b, h, t, s] arrays when `capture` names any.
+      Output [b, t, h, e] in the query's dtype; (output, lse [b, t, h]) with `return_residual`; and
+      last a dict of [b, h, t, s] arrays when `capture` names any.
 
     Raises:
       ValueError: on shapes that do not fit, a window or scale out of range, an unknown option.
@@ -165,8 +163,9 @@ def attention(
         query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size, implementation=implementation, score_mod=score_mod,
         sinks=sinks, softcap=softcap, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
-        normalizer=normalizer, q_offset=q_offset, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
-        weight_edit=weight_edit, capture=capture, precision=precision, block_sizes=block_sizes,
+        normalizer=normalizer, q_offset=q_offset, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, weight_edit=weight_edit, capture=capture, precision=precision,
+        block_sizes=block_sizes,
     )  # fmt: skip
     captured: dict[str, jax.Array] = {}
     if call.implementation == "dense":
@@ -253,12 +252,13 @@ def _run_dense(call: _Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
 
 def _prepare(
-    query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any = None, is_causal: bool = False,
-    query_seq_lengths: Any = None, key_value_seq_lengths: Any = None, local_window_size: Any = None,
-    implementation: str | None = None, score_mod: Any = None, sinks: Any = None, softcap: Any = None,
-    segment_ids: Any = None, kv_segment_ids: Any = None, normalizer: Any = "softmax", q_offset: Any = 0,
-    dropout_rate: float = 0.0, dropout_rng: Any = None, weight_edit: Any = None,
-    capture: tuple[str, ...] = (), precision: Any = None, block_sizes: Any = None,
+    query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any = None,
+    is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
+    local_window_size: Any = None, implementation: str | None = None, score_mod: Any = None,
+    sinks: Any = None, softcap: Any = None, segment_ids: Any = None, kv_segment_ids: Any = None,
+    normalizer: Any = "softmax", q_offset: Any = 0, dropout_rate: float = 0.0,
+    dropout_rng: Any = None, weight_edit: Any = None, capture: tuple[str, ...] = (),
+    precision: Any = None, block_sizes: Any = None,
 ) -> _Call:  # fmt: skip
     """Checks every argument and decides the path."""
     if query.ndim == 3 and key.ndim == 3 and value.ndim == 3:
@@ -285,14 +285,16 @@ def _prepare(
         ):
             if has is not None and has != want:
                 raise ValueError(
-                    f"attention: mask is made for {label}={has}, but query {query.shape} has {want}."
+                    f"attention: mask is made for {label}={has}, but query {query.shape} has "
+                    f"{want}."
                 )
     elif mask is not None:
         mask_array = _broadcastable("mask", jnp.asarray(mask), full_shape)
         if mask_array.dtype != jnp.bool_:
             raise TypeError(
                 f"attention: mask must be boolean, True = attend, got {mask_array.dtype} of shape "
-                f"{mask_array.shape}; pass additive masks as bias, or convert with mask.astype(bool)."
+                f"{mask_array.shape}; pass additive masks as bias, or convert with "
+                "mask.astype(bool)."
             )
     if bias is not None:
         bias = _broadcastable("bias", jnp.asarray(bias), full_shape)
@@ -306,8 +308,8 @@ def _prepare(
         )
         if len(sides) != 2 or min(sides) < 0:
             raise ValueError(
-                f"attention: local_window_size={local_window_size} must be one or two numbers of tokens "
-                ">= 0: how far a query sees to its left and right beside itself."
+                f"attention: local_window_size={local_window_size} must be one or two numbers of "
+                "tokens >= 0: how far a query sees to its left and right beside itself."
             )
         program = _both(program, Window(sides[0] + 1, sides[1]))
     if key_value_seq_lengths is not None:
@@ -321,8 +323,8 @@ def _prepare(
         q_offset = jnp.asarray(q_offset)
         if not jnp.issubdtype(q_offset.dtype, jnp.integer) or q_offset.shape not in ((), (b,)):
             raise ValueError(
-                f"attention: q_offset must be an integer or an integer array of shape () or ({b},), got "
-                f"{q_offset.dtype} of shape {q_offset.shape}."
+                "attention: q_offset must be an integer or an integer array of shape () or "
+                f"({b},), got {q_offset.dtype} of shape {q_offset.shape}."
             )
     program = _with_segments(
         program, segment_ids, kv_segment_ids, b, t, s, q_offset if static_offset else None
@@ -337,12 +339,15 @@ def _prepare(
         sinks = jnp.zeros((h,), jnp.float32)
     elif isinstance(normalizer, str) and normalizer != "softmax":
         raise ValueError(
-            f"attention: normalizer={normalizer!r} is unknown; use 'softmax', 'off_by_one' or a function."
+            f"attention: normalizer={normalizer!r} is unknown; use 'softmax', 'off_by_one' or a "
+            "function."
         )
-    choice, reason = _choose(
-        implementation, t, s,
-        {"capture": bool(capture), "weight_edit": weight_edit is not None, "normalizer": callable(normalizer)},
-    )  # fmt: skip
+    needs = {
+        "capture": bool(capture),
+        "weight_edit": weight_edit is not None,
+        "normalizer": callable(normalizer),
+    }
+    choice, reason = _choose(implementation, t, s, needs)
     options = {
         "score_mod": score_mod,
         "sinks": sinks,
@@ -357,7 +362,8 @@ def _prepare(
     }
     return _Call(
         query, key, value, program, mask_array, bias, options,
-        normalizer if callable(normalizer) else None, weight_edit, query_seq_lengths, choice, reason,
+        normalizer if callable(normalizer) else None, weight_edit, query_seq_lengths, choice,
+        reason,
     )  # fmt: skip
 
 
@@ -367,8 +373,8 @@ def _choose(implementation: str | None, t: int, s: int, needs: dict[str, bool]) 
     if implementation == "block_sparse":
         if dense_only:
             raise NotImplementedError(
-                f"attention: implementation='block_sparse' has no weights for {', '.join(dense_only)}; use "
-                "implementation='dense', or None to let it be chosen."
+                "attention: implementation='block_sparse' has no weights for "
+                f"{', '.join(dense_only)}; use implementation='dense', or None to let it be chosen."
             )
         return "block_sparse", "asked for by implementation='block_sparse'."
     if implementation == "dense":
@@ -385,7 +391,7 @@ def _choose(implementation: str | None, t: int, s: int, needs: dict[str, bool]) 
     return "block_sparse", f"{t} x {s} scores per head are never stored."
 
 
-def _both(program: MaskProgram, other: MaskProgram) -> MaskProgram:
+def _both(program: MaskProgram, other: Mask) -> MaskProgram:
     return other if isinstance(program, Full) else program & other
 
 
@@ -396,7 +402,7 @@ def _with_segments(
     b: int,
     t: int,
     s: int,
-    offset: int | None,
+    offset: Any,
 ) -> MaskProgram:
     if segment_ids is None and kv_segment_ids is None:
         return program
@@ -409,16 +415,16 @@ def _with_segments(
     if kv_segment_ids is None:
         if t != s:
             raise ValueError(
-                f"attention: segment_ids {segment_ids.shape} name the queries only; with {s} keys pass "
-                f"kv_segment_ids of shape ({b}, {s}) too."
+                f"attention: segment_ids {segment_ids.shape} name the queries only; with {s} keys "
+                f"pass kv_segment_ids of shape ({b}, {s}) too."
             )
     else:
         kv_segment_ids = jnp.asarray(kv_segment_ids)
         checks.check_segments("attention", kv_segment_ids, b, s, "kv_segment_ids")
     if offset != 0:
         raise NotImplementedError(
-            "attention: segment_ids are indexed from query 0 and cannot be combined with q_offset; pass "
-            "mask=(segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) instead."
+            "attention: segment_ids are indexed from query 0 and cannot be combined with q_offset; "
+            "pass mask=(segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]) instead."
         )
     return _both(program, Segments(segment_ids, kv_segment_ids))
 
@@ -427,7 +433,8 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
     full = (1,) * (4 - x.ndim) + x.shape
     if len(full) != 4 or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
         raise ValueError(
-            f"attention: {name} must be broadcastable to [batch, heads, queries, keys] = {shape}, got {x.shape}."
+            f"attention: {name} must be broadcastable to [batch, heads, queries, keys] = {shape}, "
+            f"got {x.shape}."
         )
     return x.reshape(full)
 
@@ -451,7 +458,8 @@ def _check_ranges(
 ) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"attention: implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}."
+            f"attention: implementation={implementation!r} is unknown; use None or one of "
+            f"{IMPLEMENTATIONS}."
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap={softcap} must be positive, or None for no cap.")

@@ -1,4 +1,4 @@
-"""Checks of arguments that many mechanisms share: one place per check, errors that say how to fix it."""
+"""Checks of arguments that many mechanisms share: one place each, errors that say how to fix it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def check_qkv(name: str, query: jax.Array, key: jax.Array, value: jax.Array) -> 
     for label, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
-                f"{name}: {label} must have rank 4, [batch, length, heads, width], got shape {x.shape}; "
-                "add the missing axis with x[None] or reshape."
+                f"{name}: {label} must have rank 4, [batch, length, heads, width], got shape "
+                f"{x.shape}; add the missing axis with x[None] or reshape."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"{name}: {label} must be floating point, got {x.dtype}; convert it with .astype(jnp.float32)."
+                f"{name}: {label} must be floating point, got {x.dtype}; convert it with "
+                ".astype(jnp.float32)."
             )
     b, _, h, d = query.shape
     _, s, g, _ = key.shape
@@ -34,20 +35,23 @@ def check_qkv(name: str, query: jax.Array, key: jax.Array, value: jax.Array) -> 
         )
     if value.shape[1] != s:
         raise ValueError(
-            f"{name}: key and value must have the same length, got key {key.shape} and value {value.shape}."
+            f"{name}: key and value must have the same length, got key {key.shape} and value "
+            f"{value.shape}."
         )
     if key.shape[3] != d:
         raise ValueError(
-            f"{name}: query and key must have the same width, got query {query.shape} and key {key.shape}."
+            f"{name}: query and key must have the same width, got query {query.shape} and key "
+            f"{key.shape}."
         )
     if value.shape[2] != g:
         raise ValueError(
-            f"{name}: key and value must have the same number of heads, got key {key.shape} and value {value.shape}."
+            f"{name}: key and value must have the same number of heads, got key {key.shape} and "
+            f"value {value.shape}."
         )
     if g == 0 or h % g:
         raise ValueError(
-            f"{name}: the number of query heads must be a multiple of the key/value heads, got query heads "
-            f"{h} (query {query.shape}) and key/value heads {g} (key {key.shape})."
+            f"{name}: the number of query heads must be a multiple of the key/value heads, got "
+            f"query heads {h} (query {query.shape}) and key/value heads {g} (key {key.shape})."
         )
 
 
@@ -62,7 +66,8 @@ def check_segments(
     """
     if segment_ids.shape != (batch, length):
         raise ValueError(
-            f"{name}: {label} must have shape [batch, length] = {(batch, length)}, got {segment_ids.shape}."
+            f"{name}: {label} must have shape [batch, length] = {(batch, length)}, got "
+            f"{segment_ids.shape}."
         )
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"{name}: {label} must be integers, got {segment_ids.dtype}.")

@@ -1,4 +1,4 @@
-"""Dense softmax attention: the definition, and the path that can show and edit scores and weights."""
+"""Dense softmax attention: the definition, and the path that shows and edits scores and weights."""
 
 from __future__ import annotations
 

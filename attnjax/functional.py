@@ -1,7 +1,7 @@
 """Every function of the library by one name: `attnjax.functional.lightning_attention(...)`.
 
-The functions of a mechanism are the public functions of its file below `attnjax/mechanisms/`; `dir()` lists
-them all.
+The functions of a mechanism are the public functions of its file below `attnjax/mechanisms/`;
+`dir()` lists them all.
 """
 
 from __future__ import annotations

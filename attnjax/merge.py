@@ -21,8 +21,8 @@ def merge_attention(
         queries and disjoint keys. An lse of -inf marks a row that saw nothing.
 
     Returns:
-      (output, lse) of the union, in the output dtype of the first part; rows that see nothing in any
-      part give 0 and -inf. Differentiable.
+      (output, lse) of the union, in the output dtype of the first part; rows that see nothing in
+      any part give 0 and -inf. Differentiable.
 
     Raises:
       ValueError: when no part is given or the shapes differ.

@@ -1,7 +1,7 @@
 """Every Flax NNX module of the library by one name: `attnjax.nn.MultiHeadAttention(...)`.
 
-The modules are the public `nnx.Module` classes of the files below `attnjax/mechanisms/`; `dir()` lists them
-all.
+The modules are the public `nnx.Module` classes of the files below `attnjax/mechanisms/`; `dir()`
+lists them all.
 """
 
 from __future__ import annotations

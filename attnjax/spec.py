@@ -1,8 +1,8 @@
 """What a mechanism declares about itself, and the table of all mechanisms.
 
 Every file below `attnjax/mechanisms/` holds one mechanism and ends with `SPEC = Mechanism(...)`.
-The table, the documentation pages and the common property tests are generated from these records, so
-a new mechanism needs no other edit.
+The table, the documentation pages and the common property tests are generated from these records,
+so a new mechanism needs no other edit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Mechanism:
       arxiv: arXiv identifier, or "" where the work has none.
       year: year of publication.
       code: "owner/name" of the official repository, or "".
-      kind: "module" (NNX module and function), "function", "layout" (which layer does what) or "model".
+      kind: "module" (NNX module and function), "function", "layout" (which layer does what) or
+        "model".
       function: the pure function, or None.
       module: the Flax NNX module class, or None.
       causal, bidirectional: which directions of attention it supports.

@@ -1,0 +1,1 @@
+"""Primitives of attention with a body for each platform; `attnjax` is built on them."""

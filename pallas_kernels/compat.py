@@ -15,7 +15,8 @@ __all__ = ["ClosedJaxpr", "Primitive", "enable_x64", "jaxpr_as_fun", "lowering_d
 try:  # the name without "experimental" is the newer one
     enable_x64 = jax.enable_x64
 except AttributeError:  # pragma: no cover
-    from jax.experimental import enable_x64  # noqa: F401
+    # pyright knows the installed version alone, where this one is gone
+    from jax.experimental import enable_x64  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lowering_devices(ctx: Any) -> int:

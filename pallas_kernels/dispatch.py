@@ -1,8 +1,8 @@
 """Operations whose body is chosen by platform when they are lowered, not when they are traced.
 
-`jax.lax.platform_dependent` cannot lower one module for several platforms when a branch holds a kernel,
-and turns a batched kernel into a loop. A primitive of our own with one lowering rule per platform has
-neither fault: tracing on a CPU host and compiling for a TPU picks the TPU's body.
+`jax.lax.platform_dependent` cannot lower one module for several platforms when a branch holds a
+kernel, and turns a batched kernel into a loop. A primitive of our own with one lowering rule per
+platform has neither fault: tracing on a CPU host and compiling for a TPU picks the TPU's body.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 
 from pallas_kernels import compat
 
@@ -21,7 +22,7 @@ Body = Callable[..., Any]
 def platform_primitive(
     name: str, bodies: Mapping[str, Body], shapes: Callable[[Any, Any], Any]
 ) -> Callable[[Any, Any], Any]:
-    """A function `(operands, spec) -> results` that runs the body of the platform it is compiled for.
+    """A function `(operands, spec) -> results` that runs the body of its platform.
 
     Args:
       name: name of the primitive.
@@ -45,7 +46,7 @@ def platform_primitive(
 
     def abstract(*avals: Any, tree: Any, spec: Any) -> list[Any]:
         results = jax.tree.leaves(shapes(jax.tree.unflatten(tree, avals), spec))
-        return [jax.core.ShapedArray(r.shape, r.dtype) for r in results]
+        return [ShapedArray(r.shape, r.dtype) for r in results]
 
     def batch(args: Any, dims: Any, *, tree: Any, spec: Any) -> Any:
         # more than one device: the form of the body that loops over neither batch nor heads

@@ -1,8 +1,7 @@
 """The mathematics of one attention tile, shared by every body: scores, softmax update, gradients.
 
-Shapes: q [m, d] (already scaled where the body does so), k [n, d], v [n, e], scores [m, n]; m queries and
-n keys, index arrays q_index [m, 1] and k_index [1, n]. Statistics and accumulators are float32, or
-float64 for float64 inputs.
+Shapes for m queries and n keys: q [m, d] (already scaled where the body does so), k [n, d],
+v [n, e], scores [m, n]. Statistics and accumulators are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def softmax_update(
       keep: dropout factors [m, n] for p in the product with v, or None.
       precision: of the product.
     """
-    m, l, acc = carry
+    m, total, acc = carry
     m_new = jnp.maximum(m, scores.max(-1, keepdims=True))
     # rows that have seen no key yet: subtract 0, so that exp(-inf) = 0 instead of exp(nan)
     shift = jnp.where(m_new == -jnp.inf, jnp.zeros_like(m_new), m_new)
@@ -76,7 +75,7 @@ def softmax_update(
     weights = p if keep is None else p * keep
     return (
         m_new,
-        l * alpha + p.sum(-1, keepdims=True),
+        total * alpha + p.sum(-1, keepdims=True),
         acc * alpha + dot(weights, v, (1, 0), precision),
     )
 
@@ -85,9 +84,9 @@ def softmax_finish(
     carry: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """(output [m, e], lse [m, 1]); rows without any key give 0 and -inf."""
-    m, l, acc = carry
-    empty = l == 0
-    safe = jnp.where(empty, jnp.ones_like(l), l)
+    m, total, acc = carry
+    empty = total == 0
+    safe = jnp.where(empty, jnp.ones_like(total), total)
     lse = jnp.where(empty, jnp.full_like(m, -jnp.inf), m + jnp.log(safe))
     return acc / safe, lse
 
@@ -100,8 +99,9 @@ def probabilities(scores: jax.Array, lse: jax.Array) -> jax.Array:
 def dropout_factors(
     seed: jax.Array, b: Any, h: Any, q: jax.Array, k: jax.Array, rate: float
 ) -> jax.Array:
-    """0 with probability `rate`, else 1 / (1 - rate): a hash of (seed, b, h, q, k), so that every
-    path drops the same weights.
+    """Factors of dropout: 0 with probability `rate`, else 1 / (1 - rate).
+
+    They are a hash of (seed, b, h, q, k), so that every path drops the same weights.
 
     Args:
       seed: [2] uint32.

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from train.config import Mesh, show
+from train.config import Config, Mesh, show
 from train.presets import PRESETS
 
-Preset = tyro.extras.subcommand_type_from_defaults(
-    {name: make() for name, make in PRESETS.items()},
-    {name: make.__doc__ or "" for name, make in PRESETS.items()},
-    prefix_names=False,
-)
+if TYPE_CHECKING:
+    Preset = Config
+else:  # a type made at run time: one subcommand for every preset
+    Preset = tyro.extras.subcommand_type_from_defaults(
+        {name: make() for name, make in PRESETS.items()},
+        {name: make.__doc__ or "" for name, make in PRESETS.items()},
+        prefix_names=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def saved_config(folder: Path) -> Config:
 
 def export_weights(path: Path, params: dict[str, jax.Array], config: Config) -> None:
     """Writes the parameters, and the configuration as "config", to one NumPy `.npz` file."""
-    arrays = {name: np.asarray(x) for name, x in params.items()}
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in params.items()}
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         np.savez(file, config=np.asarray(json.dumps(dataclasses.asdict(config))), **arrays)

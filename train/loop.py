@@ -19,6 +19,7 @@ from train.log import Log, draw_curve
 from train.mesh import describe
 from train.state import Parts, TrainState, abstract_state, init_state, prepare
 from train.step import batch_shardings, make_eval_step, make_train_step
+from train.stop import StopSignal
 
 IN_FLIGHT = 2
 """Steps that may be queued on the device before the host waits."""
@@ -28,35 +29,6 @@ PATIENCE = 50
 
 class NonFiniteLossError(ArithmeticError):
     """A step produced a loss, gradient or update that is not finite."""
-
-
-class StopSignal:
-    """Remembers SIGTERM or SIGINT instead of dying; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        """No signal yet."""
-        self.number: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        """Takes the two signals over."""
-        self._before = {
-            s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.number is not None
-
-    def _remember(self, number: int, _: Any) -> None:
-        self.number = number
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
 
 
 def run(config: Config, on_step: Callable[[int], None] | None = None) -> int:

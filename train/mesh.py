@@ -30,8 +30,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 """Logical axis name -> mesh axes it is split over. Names that are missing here are an error."""
 
+Device = Any
+"""A `jax.Device`; JAX declares that name as a variable, which annotations cannot use."""
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> jax.sharding.Mesh:
     """A mesh with the axes data, fsdp, tensor and context.
 
     Args:

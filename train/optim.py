@@ -64,7 +64,7 @@ def make_optimizer(optim: Optim, axes: Axes) -> optax.GradientTransformation:
         matrices only, and muon orthogonalizes those; embeddings, norms and biases get AdamW with
         `adam_lr`.
     """
-    numbers = {name: matrix_axes(names) for name, names in axes.items()}
+    numbers: Any = {name: matrix_axes(names) for name, names in axes.items()}
     decayed = {name: number is not None for name, number in numbers.items()}
     if optim.name == "adamw":
         rule = optax.adamw(
@@ -86,10 +86,10 @@ def make_optimizer(optim: Optim, axes: Axes) -> optax.GradientTransformation:
     if optim.clip:
         rule = optax.chain(optax.clip_by_global_norm(optim.clip), rule)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         # optax mixes types and ranks; a caller may have forbidden that for code of its own
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return rule.update(grads, state, params)
+            return rule.update(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 

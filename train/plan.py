@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from attnjax.models.pattern import Mixer, layer_mixers
 from train.config import Config
-from train.mesh import describe
+from train.mesh import Device, describe
 from train.state import Parts, abstract_state, prepare
 from train.step import batch_shardings, make_train_step
 
@@ -54,7 +54,7 @@ class Plan:
         return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
 
 
-def make_plan(config: Config, devices: list[jax.Device] | None = None) -> Plan:
+def make_plan(config: Config, devices: list[Device] | None = None) -> Plan:
     """Compiles the step for the mesh, makes no array, and reads the memory analysis."""
     parts = prepare(config, devices)
     state = abstract_state(parts)
@@ -74,7 +74,13 @@ def make_plan(config: Config, devices: list[jax.Device] | None = None) -> Plan:
     analysis = compiled.memory_analysis()
     if analysis is not None:
         sizes["temporary"] = analysis.temp_size_in_bytes
-        sizes["peak"] = analysis.peak_memory_in_bytes
+        # not the compiler's own peak: on CPU that leaves the temporaries out
+        sizes["arguments, results and temporary"] = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
+        )
     tokens = math.prod(shape)
     return Plan(
         describe(parts.mesh),
@@ -125,7 +131,7 @@ def _bytes(tree: Any) -> int:
     return sum(one(x) for x in jax.tree.leaves(tree))
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

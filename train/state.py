@@ -100,7 +100,7 @@ class Parts:
     shardings: TrainState
 
 
-def prepare(config: Config, devices: list[jax.Device] | None = None) -> Parts:
+def prepare(config: Config, devices: list[meshes.Device] | None = None) -> Parts:
     """Mesh, model structure, optimizer and shardings; computes nothing on a device."""
     mesh = meshes.make_mesh(config.mesh, devices)
     meshes.batch_sharding(mesh, config.data.batch, config.optim.accumulate)  # raises early

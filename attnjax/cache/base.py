@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 
@@ -63,7 +64,7 @@ def check_room(name: str, length: jax.Array, new: jax.Array, max_length: int) ->
     Raises:
       ValueError: when a row would grow beyond `max_length`.
     """
-    if isinstance(length, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+    if isinstance(length, Tracer) or isinstance(new, Tracer):
         return
     longest = int((length + new).max())
     if longest > max_length:

@@ -85,7 +85,7 @@ class Block(nnx.Module):
             capture=inside,
             **options,
         )
-        parts = result if isinstance(result, tuple) else (result,)
+        parts = [*result] if isinstance(result, tuple) else [result]
         y, cache = parts[0], parts[1] if cache is not None else None
         captured = dict(parts[-1]) if inside else {}
         x = tap("resid_mid", x + self._dropout(checkpoint_name(y, "mixer_out"), keys[0]))

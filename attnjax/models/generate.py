@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 
@@ -195,7 +196,7 @@ def _check(
                 f"generate: prompt_lengths must have shape [batch] = {prompt.shape[:1]}, got "
                 f"{prompt_lengths.shape}."
             )
-        if not isinstance(prompt_lengths, jax.core.Tracer):
+        if not isinstance(prompt_lengths, Tracer):
             low, high = int(prompt_lengths.min()), int(prompt_lengths.max())
             if low < 1 or high > prompt.shape[1]:
                 raise ValueError(

@@ -223,7 +223,7 @@ class LanguageModel(nnx.Module):
                 "make the model with a larger max_length."
             )
         if segment_ids is not None:
-            check_segments("LanguageModel", segment_ids, *tokens.shape)
+            check_segments("LanguageModel", segment_ids, tokens.shape[0], tokens.shape[1])
         for name, a in (("positions", positions), ("valid", valid)):
             if a is not None and a.shape != tokens.shape:
                 raise ValueError(

@@ -99,7 +99,9 @@ class LayerStack(nnx.Module):
                 ]
                 return tuple(cut)
 
-            decay = [slopes[first + j : first + repeats * size : size] for j in range(size)]
+            decay: list[list[Any]] = [
+                slopes[first + j : first + repeats * size : size] for j in range(size)
+            ]
             inputs = (
                 tuple(self.groups[place]),
                 tuple(None if s[0] is None else jnp.stack(s) for s in decay),

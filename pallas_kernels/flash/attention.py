@@ -1,7 +1,7 @@
 """`flash_attention`: the differentiable entry to every body of block-sparse attention.
 
-The derivative is our own: it keeps q, k, v, o and lse, and recomputes the scores tile by tile, so no
-t x s array exists in either direction.
+The derivative is our own: it keeps q, k, v, o and lse, and recomputes the scores tile by tile, so
+no t x s array exists in either direction.
 """
 
 from __future__ import annotations
@@ -49,20 +49,22 @@ def flash_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the listed tiles of a mask.
 
-        s = scale q·k (+ bias), softcap, score_mod; o = Σ_k softmax_k(s) v over visible k; lse = ln Σ e^s
+        s = scale q·k (+ bias), softcap, score_mod;  o = Σ_k softmax_k(s) v over the visible k
+        lse = ln Σ_k e^s
 
     Args:
       query, key, value: [b, t, h, d], [b, s, g, d], [b, s, g, e], h a multiple of g.
       mask: mask program; tiles it calls EMPTY are never visited.
       mask_array: booleans [b|1, h|1, t|1, s|1] on top of it, True = attend.
       bias: [b|1, h|1, t|1, s|1], added to the scores; has a gradient.
-      score_mod: `(score [m, n], b [], h [], q [m, 1], k [1, n]) -> score`; arrays it closes over get
-        gradients.
+      score_mod: `(score [m, n], b [], h [], q [m, 1], k [1, n]) -> score`; arrays it closes over
+        get gradients.
       sinks: [h] logits of one more key with value 0; has a gradient.
       scale: factor of q·k.
       softcap: c in c tanh(s / c).
       q_offset: absolute index of the first query, an integer or an array () or [b].
-      dropout_rate, dropout_seed: probability of dropping a weight, and [2] uint32 to derive it from.
+      dropout_rate, dropout_seed: probability of dropping a weight, and [2] uint32 to derive it
+        from.
       precision: of the matrix products.
       block_sizes: (block_q, block_kv) in tokens; None chooses by cost.
 
@@ -91,9 +93,7 @@ def flash_attention(
     mod, consts = None, []
     if score_mod is not None:
         dtype = tilemath.accumulator_dtype(query.dtype)
-        mod, consts = trace_score_mod(
-            score_mod, tiling.block_q, tiling.group * tiling.block_kv, dtype
-        )
+        mod, consts = trace_score_mod(score_mod, tiling.block_q, tiling.block_kv, dtype)
     spec = FlashSpec(
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
@@ -102,7 +102,6 @@ def flash_attention(
         precision=precision,
         block_q=tiling.block_q,
         block_kv=tiling.block_kv,
-        group=tiling.group,
         any_full=full is None or bool(full.any()),
         any_partial=partial is None or bool(partial.any()),
         max_blocks=max_blocks,
@@ -179,8 +178,8 @@ def _flash(inputs: Any, others: Any, static: Any) -> tuple[jax.Array, jax.Array]
 
 
 def _flash_fwd(inputs: Any, others: Any, static: Any) -> Any:
-    out, lse = _flash(inputs, others, static)
-    return (out, lse), (inputs, others, out, lse)
+    results: Any = _flash(inputs, others, static)
+    return results, (inputs, others, *results)
 
 
 def _flash_bwd(static: Any, saved: Any, cotangents: Any) -> Any:

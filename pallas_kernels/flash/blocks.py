@@ -11,22 +11,25 @@ from pallas_kernels.maskprogram import MaskProgram
 
 QUERY_BLOCKS = (128, 256, 512, 1024, 2048)
 KEY_BLOCKS = (128, 256, 512)
-GROUPED_KEYS = 1024
-"""Most keys of one step when several listed blocks are taken together."""
 
 STEP_COST = 12_000.0
-"""Cost of one step in score elements, measured on a CPU of 2 cores: loop, copies, thread hand-over."""
+"""Cost of one step (loop, copies, hand-over to threads) in scores, measured on 2 CPU cores."""
+
+EDGE_COST = (16.0, 96.0)
+"""A tile [m, n] costs m n (1 + EDGE_COST[0] / m + EDGE_COST[1] / n): narrow products are slow."""
+
+MASK_COST = 0.15
+"""Extra cost of a tile that needs its mask, relative to its scores."""
 
 SEARCH_TILES = 1 << 16
 """Candidates with more tiles than this are not classified for the search."""
 
 
 class Tiling(NamedTuple):
-    """Tile sizes in tokens, listed key blocks per step, and the block list they give."""
+    """Tile sizes in tokens, and the block list they give."""
 
     block_q: int
     block_kv: int
-    group: int
     lists: BlockList
 
 
@@ -57,26 +60,25 @@ def choose_tiling(
         )  # fmt: skip
 
     if block_sizes is not None:
-        return Tiling(*block_sizes, 1, lists(*block_sizes))
+        return Tiling(*block_sizes, lists(*block_sizes))
     sizes = [
         (bq, bk) for bq in _fitting(QUERY_BLOCKS, q_len) for bk in _fitting(KEY_BLOCKS, kv_len)
     ]
     static = mask.is_static and isinstance(q_offset, (int, np.integer, np.ndarray))
     if not static:
         bq, bk = min(sizes, key=lambda s: abs(s[0] - 256) + abs(s[1] - 256))
-        return Tiling(bq, bk, 1, lists(bq, bk))
+        return Tiling(bq, bk, lists(bq, bk))
     # per-head and per-row masks multiply the tiles: search on coarse candidates only
     copies = (mask.num_heads or 1) * (mask.batch_size or 1)
     affordable = [s for s in sizes if _tiles(q_len, kv_len, s) * copies <= SEARCH_TILES]
     best, best_cost = None, float("inf")
     for bq, bk in affordable or sizes[-1:]:
         found = lists(bq, bk)
-        total = np.asarray(found.full_count) + np.asarray(found.partial_count)
-        for group in _groups(bk, int(total.max(initial=0))):
-            steps = (-(-total // group)).sum()
-            cost = steps * (bq * bk * group + STEP_COST)
-            if cost < best_cost:
-                best, best_cost = Tiling(bq, bk, group, found), cost
+        full, partial = (int(np.sum(x)) for x in (found.full_count, found.partial_count))
+        edges = 1 + EDGE_COST[0] / bq + EDGE_COST[1] / bk
+        cost = (full + partial) * STEP_COST + (full + (1 + MASK_COST) * partial) * bq * bk * edges
+        if cost < best_cost:
+            best, best_cost = Tiling(bq, bk, found), cost
     assert best is not None  # there is always one candidate
     return best
 
@@ -89,8 +91,3 @@ def _fitting(blocks: tuple[int, ...], length: int) -> list[int]:
 
 def _tiles(q_len: int, kv_len: int, size: tuple[int, int]) -> int:
     return -(-q_len // size[0]) * -(-kv_len // size[1])
-
-
-def _groups(block_kv: int, longest: int) -> list[int]:
-    most = max(1, min(GROUPED_KEYS // block_kv, longest))
-    return list(range(1, most + 1))

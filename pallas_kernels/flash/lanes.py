@@ -1,8 +1,8 @@
-"""Operands of the XLA body cut into blocks, and spread over lanes that one step works on side by side.
+"""Operands of the XLA body in blocks, spread over lanes that one step works on side by side.
 
 XLA for CPUs runs independent products of one tile at the same time on several cores, but not the
-iterations of a loop. A step therefore takes one tile of each lane; lanes split the heads (or the batch
-rows), so they write to separate arrays and never wait for each other.
+iterations of a loop. A step therefore takes one tile of each lane; lanes split the heads (or the
+batch rows), so they write to separate arrays and never wait for each other.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Member(NamedTuple):
 class Layout(NamedTuple):
     """How b batch rows and h heads (g kv heads) are spread over lanes.
 
-    `axis` is 1 when lanes split heads, 0 when they split batch rows. A lone member, as under vmap, has
-    its indices in `only`.
+    `axis` is 1 when lanes split heads, 0 when they split batch rows. A lone member, as under vmap,
+    has its indices in `only`.
     """
 
     b: int
@@ -78,7 +78,8 @@ def choose_layout(b: int, h: int, g: int, list_rows: int, list_heads: int, most:
 
     Args:
       b, h, g: batch rows, heads, kv heads.
-      list_rows, list_heads: batch rows and heads that the block lists tell apart, 1 or b and 1 or h.
+      list_rows, list_heads: batch rows and heads that the block lists tell apart, 1 or b and 1 or
+        h.
       most: most lanes.
     """
     for lanes in range(most, 1, -1):
@@ -92,14 +93,15 @@ def choose_layout(b: int, h: int, g: int, list_rows: int, list_heads: int, most:
 class Cut(NamedTuple):
     """Operands as the tile loops read them.
 
-    q, k and v are lists over lanes of [members, blocks, block, d]; cols [nb, nh, nq, width] lists FULL
-    key blocks first and PARTIAL ones behind; full and total [nb, nh, nq] count them. `rest` holds
-    "mask", "mask_array", "bias", "sinks", "seed", "q_offset" and "mod_consts".
+    q, k and v are lists over lanes of [members, blocks, block, d], or, before they are spread over
+    lanes, one [b, h, blocks, block, d]; cols [nb, nh, nq, width] lists FULL key blocks first and
+    PARTIAL ones behind; full and total [nb, nh, nq] count them. `rest` holds "mask", "mask_array",
+    "bias", "sinks", "seed", "q_offset" and "mod_consts".
     """
 
-    q: list[jax.Array]
-    k: list[jax.Array]
-    v: list[jax.Array]
+    q: Any
+    k: Any
+    v: Any
     cols: jax.Array
     full: jax.Array
     total: jax.Array
@@ -122,7 +124,7 @@ def unblocks(x: jax.Array, t: int) -> jax.Array:
 
 def merged_lists(lists: Any, spec: FlashSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(cols, full, total) of `Cut` from a block list."""
-    width = -(-spec.max_blocks // spec.group) * spec.group
+    width = spec.max_blocks
     place = jnp.arange(width, dtype=jnp.int32).reshape(1, 1, 1, -1)
     full, partial = lists.full_count[..., None], lists.partial_count[..., None]
     at_full = jnp.minimum(place, lists.full_cols.shape[-1] - 1)

@@ -1,8 +1,8 @@
 """Score programs: a user's `score_mod` traced once, with the arrays it closes over as operands.
 
 A score_mod may use arrays of the surrounding code, traced and differentiated ones too. Kernels and
-custom derivatives cannot close over them, so tracing turns them into explicit operands, which then get
-gradients like every other input.
+custom derivatives cannot close over them, so tracing turns them into explicit operands, which then
+get gradients like every other input.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def trace_score_mod(
       The two programs, and the arrays that the function closes over.
 
     Raises:
-      ValueError: when the result has not the shape of the scores, or the two traces close over different
-        arrays.
+      ValueError: when the result has not the shape of the scores, or the two traces close over
+        different arrays.
     """
     plain = _trace(score_mod, (queries, keys), (queries, 1), (1, keys), dtype)
     turned = _trace(score_mod, (keys, queries), (1, queries), (keys, 1), dtype)
@@ -52,8 +52,9 @@ def trace_score_mod(
         jnp.shape(a) != jnp.shape(b) for a, b in zip(plain.consts, turned.consts, strict=True)
     ):
         raise ValueError(
-            "score_mod: must treat every pair (q, k) alike, whatever the shape of the tile; arrays that it "
-            "makes from the shape of its arguments are not supported, derive them from q and k."
+            "score_mod: must treat every pair (q, k) alike, whatever the shape of the tile; arrays "
+            "that it makes from the shape of its arguments are not supported, derive them from q "
+            "and k."
         )
     programs = ScoreProgram(plain.jaxpr), ScoreProgram(turned.jaxpr)
     return programs, [jnp.asarray(c) for c in plain.consts]

@@ -17,7 +17,6 @@ class FlashSpec:
       dropout_rate: probability of dropping a weight.
       precision: of the matrix products.
       block_q, block_kv: tile sizes, in tokens.
-      group: listed key blocks that one step takes together.
       any_full, any_partial: whether the lists may hold FULL and PARTIAL tiles.
       max_blocks: largest number of listed blocks in a row.
       lanes: most tiles that one step works on side by side.
@@ -30,7 +29,6 @@ class FlashSpec:
     precision: Any
     block_q: int
     block_kv: int
-    group: int
     any_full: bool
     any_partial: bool
     max_blocks: int

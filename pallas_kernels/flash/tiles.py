@@ -1,8 +1,8 @@
 """Reading, masking and scoring one tile in the XLA body.
 
-A step covers block_q queries and `group` listed key blocks. In the forward direction a tile of scores is
-[queries, keys]; the backward direction holds it transposed, [keys, queries], so that the gradients of
-keys and values are plain products (`transposed=True`).
+In the forward direction a tile of scores is [queries, keys]; the backward direction holds it
+transposed, [keys, queries], so that the gradients of keys and values are plain products
+(`transposed=True`).
 """
 
 from __future__ import annotations
@@ -34,20 +34,9 @@ def block_at(x: jax.Array, place: Any, i: Any) -> jax.Array:
     return read(x, (place, i, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
 
-def listed_blocks(x: jax.Array, place: Any, cols: Any, group: int) -> jax.Array:
-    """Key blocks `cols` [group] of a member, one below the other: [group * block, d]."""
-    found = [block_at(x, place, cols[c]) for c in range(group)]
-    return found[0] if group == 1 else jnp.concatenate(found, axis=0)
-
-
-def add_listed(
-    x: jax.Array, place: Any, cols: Any, update: jax.Array, spec: FlashSpec
-) -> jax.Array:
-    """Adds [group * block, d] where `listed_blocks` read."""
-    for c in range(spec.group):
-        piece = update[c * spec.block_kv : (c + 1) * spec.block_kv]
-        x = write(x, (block_at(x, place, cols[c]) + piece)[None, None], (place, cols[c], 0, 0))
-    return x
+def add_block(x: jax.Array, place: Any, i: Any, update: jax.Array) -> jax.Array:
+    """Adds [block, d] to block i of a member."""
+    return write(x, (block_at(x, place, i) + update)[None, None], (place, i, 0, 0))
 
 
 def walk(
@@ -55,69 +44,48 @@ def walk(
     spec: FlashSpec,
     member: Member,
     i: Any,
-    step: Callable[[Any, Any, Any], Any],
+    step: Callable[[Any, Any, bool], Any],
     carry: Any,
 ) -> Any:
-    """`carry = step(carry, cols [group], live [group] or None)` over the listed key blocks of row i.
+    """`carry = step(carry, col, masked)` over the listed key blocks of row i.
 
-    Leading groups that hold FULL blocks alone get live=None: they need no mask. Elsewhere `live` marks
-    the entries that are not padding of the list.
+    The FULL blocks come first, with masked=False; then the PARTIAL ones.
     """
     rows, heads = cut.total.shape[:2]
     at = (member.b if rows > 1 else 0, member.h if heads > 1 else 0, i)
     cols, full, total = cut.cols[at], cut.full[at], cut.total[at]
-    size = jnp.int32(spec.group)
-
-    def entries(j: Any) -> Any:
-        return lax.dynamic_slice_in_dim(cols, j * size, spec.group)
-
-    def masked(j: Any, carry: Any) -> Any:
-        live = j * size + jnp.arange(spec.group, dtype=jnp.int32) < total
-        return step(carry, entries(j), live)
-
     start = jnp.int32(0)
     if spec.any_full:
-        free = lax.div(full, size)
-        carry = lax.fori_loop(start, free, lambda j, c: step(c, entries(j), None), carry)
-        start = free
-    if spec.any_partial or spec.group > 1:
-        carry = lax.fori_loop(start, lax.div(total + size - 1, size), masked, carry)
+        carry = lax.fori_loop(start, full, lambda j, c: step(c, cols[j], False), carry)
+        start = full
+    if spec.any_partial:
+        carry = lax.fori_loop(start, total, lambda j, c: step(c, cols[j], True), carry)
     return carry
 
 
 def indices(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, cols: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Absolute indices of queries and keys, [m, 1] and [1, n], or [1, m] and [n, 1] transposed."""
     offset = cut.rest["q_offset"]
     offset = offset[member.b] if offset.shape[0] > 1 else offset[0]
     q = jnp.arange(spec.block_q, dtype=jnp.int32) + (i * spec.block_q + offset)
-    k = lax.broadcasted_iota(jnp.int32, (spec.group, spec.block_kv), 1)
-    k = k + (cols * spec.block_kv).reshape(-1, 1)
+    k = jnp.arange(spec.block_kv, dtype=jnp.int32) + col * spec.block_kv
     if transposed:
         return q.reshape(1, -1), k.reshape(-1, 1)
     return q.reshape(-1, 1), k.reshape(1, -1)
 
 
 def visible(
-    cut: Cut,
-    spec: FlashSpec,
-    member: Member,
-    i: Any,
-    cols: Any,
-    live: Any,
-    kv_len: int,
-    transposed: bool,
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, kv_len: int, transposed: bool
 ) -> jax.Array:
     """Booleans of a tile that needs its mask."""
-    q, k = indices(cut, spec, member, i, cols, transposed)
+    q, k = indices(cut, spec, member, i, col, transposed)
     keep = k < kv_len
-    if spec.group > 1:
-        keep = keep & jnp.repeat(live, spec.block_kv).reshape(keep.shape)
     if cut.rest["mask"] is not None:
         keep = keep & cut.rest["mask"].predicate(member.b, member.h, q, k)
     if cut.rest["mask_array"] is not None:
-        keep = keep & _array_tile(cut.rest["mask_array"], spec, member, i, cols, transposed)
+        keep = keep & _array_tile(cut.rest["mask_array"], spec, member, i, col, transposed)
     return keep
 
 
@@ -130,25 +98,25 @@ def mask_is_shared(cut: Cut) -> bool:
 
 
 def raw_scores(spec: FlashSpec, q: jax.Array, k: jax.Array, transposed: bool) -> jax.Array:
-    """scale q·k; the scale is in q already where q has full precision."""
+    """Products scale q·k; the scale is in q already where q has full precision."""
     pair = (k, q) if transposed else (q, k)
     scores = tilemath.dot(*pair, (1, 1), spec.precision)
     return scores if q.dtype == scores.dtype else scores * jnp.asarray(spec.scale, scores.dtype)
 
 
 def bias_tile(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, cols: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
 ) -> jax.Array | None:
     """The part of the bias that a tile needs, with axes of size 1 where it broadcasts."""
     bias = cut.rest["bias"]
-    return None if bias is None else _array_tile(bias, spec, member, i, cols, transposed)
+    return None if bias is None else _array_tile(bias, spec, member, i, col, transposed)
 
 
 def score_stages(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, cols: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
 ) -> Callable[[jax.Array, Any, Any], jax.Array]:
     """`(raw scores, bias tile, mod_consts) -> scores`: what lies between product and mask."""
-    q, k = indices(cut, spec, member, i, cols, transposed)
+    q, k = indices(cut, spec, member, i, col, transposed)
 
     def apply(scores: jax.Array, bias: Any, consts: Any) -> jax.Array:
         if bias is not None:
@@ -170,24 +138,23 @@ def hide(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
 
 
 def dropout(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, cols: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
 ) -> jax.Array | None:
     """Dropout factors of a tile, or None without dropout."""
     if spec.dropout_rate == 0.0:
         return None
-    q, k = indices(cut, spec, member, i, cols, transposed)
+    q, k = indices(cut, spec, member, i, col, transposed)
     seed = cut.rest["seed"]
     factors = tilemath.dropout_factors(seed, member.b, member.h, q, k, spec.dropout_rate)
     return factors.astype(tilemath.accumulator_dtype(cut.q[0].dtype))
 
 
 def _array_tile(
-    x: jax.Array, spec: FlashSpec, member: Member, i: Any, cols: Any, transposed: bool
+    x: jax.Array, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
 ) -> jax.Array:
     """The tile of a padded [b|1, h|1, t|1, s|1] array that a step needs."""
-    starts, rows, width = _tile_places(x, spec, member, i, cols)
-    tiles = [read(x, start, (1, 1, rows, width))[0, 0] for start in starts]
-    tile = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
+    start, sizes = _tile_place(x, spec, member, i, col)
+    tile = read(x, start, sizes)[0, 0]
     return tile.T if transposed else tile
 
 
@@ -197,25 +164,20 @@ def add_array_tile(
     spec: FlashSpec,
     member: Member,
     i: Any,
-    cols: Any,
+    col: Any,
     transposed: bool,
 ) -> jax.Array:
     """Adds a tile's gradient where `_array_tile` read it."""
     tile = (tile.T if transposed else tile).astype(total.dtype)
-    starts, _, width = _tile_places(total, spec, member, i, cols)
-    for c, start in enumerate(starts):
-        piece = tile[:, c * width : (c + 1) * width]
-        total = write(total, read(total, start, (1, 1, *piece.shape)) + piece[None, None], start)
-    return total
+    start, sizes = _tile_place(total, spec, member, i, col)
+    return write(total, read(total, start, sizes) + tile[None, None], start)
 
 
-def _tile_places(
-    x: jax.Array, spec: FlashSpec, member: Member, i: Any, cols: Any
-) -> tuple[list[tuple[Any, ...]], int, int]:
-    """(starts of the pieces, rows and width of each) of a tile in a [b|1, h|1, t|1, s|1] array."""
+def _tile_place(
+    x: jax.Array, spec: FlashSpec, member: Member, i: Any, col: Any
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """(start, sizes) of a tile in a [b|1, h|1, t|1, s|1] array."""
     b, h = (n if size > 1 else 0 for n, size in zip(member[:2], x.shape[:2], strict=True))
     row, rows = (i * spec.block_q, spec.block_q) if x.shape[2] > 1 else (0, 1)
-    if x.shape[3] == 1:
-        return [(b, h, row, 0)], rows, 1
-    starts = [(b, h, row, cols[c] * spec.block_kv) for c in range(spec.group)]
-    return starts, rows, spec.block_kv
+    column, columns = (col * spec.block_kv, spec.block_kv) if x.shape[3] > 1 else (0, 1)
+    return (b, h, row, column), (1, 1, rows, columns)

@@ -1,12 +1,13 @@
 """Block-sparse attention in plain XLA: the body for CPUs, and the fallback everywhere else.
 
-Forward: per block of queries an online softmax over the listed key blocks only. Backward: the same walk
-once more, recomputing the scores of a tile from the saved lse and adding to dq, dk and dv, so memory is
-O(T) and the order of every sum is fixed. The same tile code runs in two forms:
+Forward: per block of queries an online softmax over the listed key blocks only. Backward: the same
+walk once more, recomputing the scores of a tile from the saved lse and adding to dq, dk and dv, so
+memory is O(T) and the order of every sum is fixed. The same tile code runs in two forms:
 
-- one device: a loop over batch rows, heads and query blocks keeps a tile in the processor's cache, a few
-  lanes side by side (`lanes.py`);
-- several devices, or under vmap: batch and heads are vectorized axes, which a partitioner can shard.
+- one device: a loop over batch rows, heads and query blocks keeps a tile in the processor's cache,
+  a few lanes side by side (`lanes.py`);
+- several devices, or under vmap: batch and heads are vectorized axes, which a partitioner can
+  shard.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def backward(operands: Operands, spec: FlashSpec, num_devices: int) -> dict[str,
 
 
 def _cut(operands: Operands, spec: FlashSpec) -> tuple[Any, tuple[jax.Array, ...], tuple[int, int]]:
-    """Operands in blocks [b, h, blocks, block, d], the backward's extra ones, and the lists' (nb, nh)."""
+    """Operands in blocks [b, h, blocks, block, d], the backward's extra ones, and (nb, nh)."""
     cols, full, total = lanes.merged_lists(operands["lists"], spec)
     cut = Cut(
         lanes.blocks(lanes.prescaled(operands["query"], spec.scale), spec.block_q),
@@ -97,7 +98,7 @@ def _cut(operands: Operands, spec: FlashSpec) -> tuple[Any, tuple[jax.Array, ...
     if "d_out" in operands:
         statistics = (operands["lse"][..., None], operands["delta"][..., None])
         extra = tuple(lanes.blocks(x, spec.block_q) for x in (operands["d_out"], *statistics))
-    return cut, extra, total.shape[:2]
+    return cut, extra, (total.shape[0], total.shape[1])
 
 
 def _split(cut: Cut, layout: Layout) -> Cut:
@@ -137,22 +138,23 @@ def _forward_lanes(
     shared = tiles.mask_is_shared(cut)
 
     def block(step: Any, outputs: Any) -> Any:
+        step = step.astype(jnp.int32)  # int64 under x64 where the loop's length is static
         chunk, i = lax.div(step, jnp.int32(nq)), lax.rem(step, jnp.int32(nq))
         members = [layout.member(lane, chunk) for lane in range(layout.lanes)]
         queries = [tiles.block_at(q, m.place, i) for q, m in zip(cut.q, members, strict=True)]
 
-        def tile(carry: Any, cols: Any, live: Any) -> Any:
+        def tile(carry: Any, col: Any, masked: bool) -> Any:
             keep, updated = None, []
             for lane, (m, q) in enumerate(zip(members, queries, strict=True)):
-                if live is not None and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, cols, live, kv_len, False)
-                k = tiles.listed_blocks(cut.k[lane], m.kv_place, cols, spec.group)
-                v = tiles.listed_blocks(cut.v[lane], m.kv_place, cols, spec.group)
-                stages = tiles.score_stages(cut, spec, m, i, cols, False)
-                bias = tiles.bias_tile(cut, spec, m, i, cols, False)
+                if masked and (keep is None or not shared):
+                    keep = tiles.visible(cut, spec, m, i, col, kv_len, False)
+                k = tiles.block_at(cut.k[lane], m.kv_place, col)
+                v = tiles.block_at(cut.v[lane], m.kv_place, col)
+                stages = tiles.score_stages(cut, spec, m, i, col, False)
+                bias = tiles.bias_tile(cut, spec, m, i, col, False)
                 raw = tiles.raw_scores(spec, q, k, False)
                 scores = tiles.hide(stages(raw, bias, cut.rest["mod_consts"]), keep)
-                drop = tiles.dropout(cut, spec, m, i, cols, False)
+                drop = tiles.dropout(cut, spec, m, i, col, False)
                 updated.append(
                     tilemath.softmax_update(carry[lane], scores, v, drop, spec.precision)
                 )
@@ -189,8 +191,8 @@ def _backward_lanes(
 ) -> tuple[Any, ...]:
     """Per lane dq, dk, dv in blocks; then the sums dbias and dconsts over all members.
 
-    Scores are held transposed, [keys, queries]: dk = ds q and dv = p do are then plain products, and dq
-    is gathered as its transpose.
+    Scores are held transposed, [keys, queries]: dk = ds q and dv = p do are then plain products,
+    and dq is gathered as its transpose.
     """
     nq = cut.q[0].shape[1]
     dtype = tilemath.accumulator_dtype(cut.q[0].dtype)
@@ -200,6 +202,7 @@ def _backward_lanes(
     shared = tiles.mask_is_shared(cut)
 
     def block(step: Any, state: Any) -> Any:
+        step = step.astype(jnp.int32)  # int64 under x64 where the loop's length is static
         chunk, i = lax.div(step, jnp.int32(nq)), lax.rem(step, jnp.int32(nq))
         members = [layout.member(lane, chunk) for lane in range(layout.lanes)]
         saved = []
@@ -207,22 +210,22 @@ def _backward_lanes(
             q, do, lse, delta = (tiles.block_at(x[lane], m.place, i) for x in (cut.q, *extra))
             saved.append((q, do, lse.T, delta.T))
 
-        def tile(carry: Any, cols: Any, live: Any) -> Any:
+        def tile(carry: Any, col: Any, masked: bool) -> Any:
             per_lane, dbias, dconsts = carry
             keep, updated = None, []
             for lane, (m, (q, do, lse, delta)) in enumerate(zip(members, saved, strict=True)):
                 dq, dk, dv = per_lane[lane]
-                if live is not None and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, cols, live, kv_len, True)
-                k = tiles.listed_blocks(cut.k[lane], m.kv_place, cols, spec.group)
-                v = tiles.listed_blocks(cut.v[lane], m.kv_place, cols, spec.group)
-                stages = tiles.score_stages(cut, spec, m, i, cols, True)
-                bias = tiles.bias_tile(cut, spec, m, i, cols, True)
+                if masked and (keep is None or not shared):
+                    keep = tiles.visible(cut, spec, m, i, col, kv_len, True)
+                k = tiles.block_at(cut.k[lane], m.kv_place, col)
+                v = tiles.block_at(cut.v[lane], m.kv_place, col)
+                stages = tiles.score_stages(cut, spec, m, i, col, True)
+                bias = tiles.bias_tile(cut, spec, m, i, col, True)
                 raw = tiles.raw_scores(spec, q, k, True)
                 p = tilemath.probabilities(tiles.hide(stages(raw, bias, consts), keep), lse)
                 dp = tilemath.dot(v, do, (1, 1), spec.precision)
                 weights = p
-                drop = tiles.dropout(cut, spec, m, i, cols, True)
+                drop = tiles.dropout(cut, spec, m, i, col, True)
                 if drop is not None:
                     weights, dp = p * drop, dp * drop
                 ds = p * (dp - delta)
@@ -237,7 +240,7 @@ def _backward_lanes(
                     _, pull = jax.vjp(varied, raw, bias, floats)
                     ds, d_bias, d_floats = pull(ds)
                     if dbias is not None:
-                        dbias = tiles.add_array_tile(dbias, d_bias, spec, m, i, cols, True)
+                        dbias = tiles.add_array_tile(dbias, d_bias, spec, m, i, col, True)
                     pairs = zip(dconsts, d_floats, strict=True)
                     dconsts = [total + d.astype(total.dtype) for total, d in pairs]
                 dk_tile = tilemath.dot(ds, q, (1, 0), spec.precision)
@@ -247,8 +250,8 @@ def _backward_lanes(
                 updated.append(
                     (
                         dq + tilemath.dot(k, ds, (0, 0), spec.precision),
-                        tiles.add_listed(dk, m.kv_place, cols, dk_tile, spec),
-                        tiles.add_listed(dv, m.kv_place, cols, dv_tile, spec),
+                        tiles.add_block(dk, m.kv_place, col, dk_tile),
+                        tiles.add_block(dv, m.kv_place, col, dv_tile),
                     )
                 )
             return updated, dbias, dconsts

@@ -9,7 +9,7 @@ no gradient is NaN.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def decay_factors(x: Chunk, *, strict: bool, pair: jax.Array | None = None) -> D
         pair = times(pair, visible.astype(dtype))
 
     row = col = whole = None
-    if x.b is not None:
+    if x.b is not None and b_row is not None:
         end = x.b[..., -1:, :]
         row, col = jnp.exp(total(b_row)), jnp.exp(total(end - x.b))
         whole = jnp.swapaxes(jnp.exp(total(end)), -1, -2)
@@ -134,20 +134,25 @@ def pair_decay(
     b: jax.Array | None, b_row: jax.Array | None, visible: jax.Array, dtype
 ) -> jax.Array:
     """exp(b_row_i - b_j) where visible, else 0: [..., c, c]. Without `b` the mask itself."""
-    if b is None:
+    if b is None or b_row is None:
         return visible.astype(dtype)
     exponent = total(b_row - jnp.swapaxes(b, -1, -2))
     mask = visible.reshape((1,) * (exponent.ndim - visible.ndim) + visible.shape)
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
+@overload
+def times(a: jax.Array, b: jax.Array | None) -> jax.Array: ...
+@overload
+def times(a: jax.Array | None, b: jax.Array) -> jax.Array: ...
+@overload
+def times(a: None, b: None) -> None: ...
 def times(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     """Product of two factors of which None means 1; leading axes are filled up."""
     if a is None or b is None:
         return a if b is None else b
     n = max(a.ndim, b.ndim)
-    a, b = (y.reshape((1,) * (n - y.ndim) + y.shape) for y in (a, b))
-    return a * b
+    return a.reshape((1,) * (n - a.ndim) + a.shape) * b.reshape((1,) * (n - b.ndim) + b.shape)
 
 
 def scores(q: jax.Array, k: jax.Array, d: Decays) -> jax.Array:

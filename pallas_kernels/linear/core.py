@@ -18,6 +18,9 @@ from pallas_kernels.linear.rows import backward_by_rows, forward_by_rows
 from pallas_kernels.linear.spec import LinearSpec, Operands
 from pallas_kernels.linear.xla import linear_fwd
 
+Saved = tuple[Operands, jax.Array, jax.Array]
+"""What the backward pass reads: the operands, and the gradients of output and final state."""
+
 
 def linear_recurrence(operands: Operands, spec: LinearSpec) -> tuple[jax.Array, jax.Array]:
     """Outputs and final state of a linear recurrence, differentiable in every floating operand.
@@ -54,7 +57,7 @@ def _recurrence_bwd(
 ) -> tuple[Operands]:
     found = _run_backward((operands, *grads), spec)
     pairs = zip(operands, found, strict=True)
-    return (Operands(*(None if g is None else g.astype(x.dtype) for x, g in pairs)),)
+    return (Operands._make(None if g is None else g.astype(x.dtype) for x, g in pairs),)
 
 
 _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
@@ -74,17 +77,22 @@ def _forward_shapes(operands: Operands, spec: LinearSpec) -> tuple[Any, Any]:
     return out, jax.ShapeDtypeStruct(operands.state_shape, operands.dtype)
 
 
-def _backward_cpu(operands: Any, spec: LinearSpec, num_devices: int) -> Operands:
+def _backward_default(operands: Saved, spec: LinearSpec, num_devices: int) -> Operands:
+    del num_devices
+    return linear_bwd(*operands, spec)
+
+
+def _backward_cpu(operands: Saved, spec: LinearSpec, num_devices: int) -> Operands:
     if num_devices > 1:
         return linear_bwd(*operands, spec)
     return backward_by_rows(linear_bwd, *operands, spec)
 
 
-def _backward_shapes(operands: Any, spec: LinearSpec) -> Operands:
+def _backward_shapes(operands: Saved, spec: LinearSpec) -> Operands:
     del spec
     primal = operands[0]
     shapes = (None if x is None else jax.ShapeDtypeStruct(x.shape, primal.dtype) for x in primal)
-    return Operands(*shapes)._replace(runs=None)
+    return Operands._make(shapes)._replace(runs=None)
 
 
 _run_forward = platform_primitive(
@@ -97,9 +105,6 @@ _run_forward = platform_primitive(
 )
 _run_backward = platform_primitive(
     "linear_bwd",
-    {
-        "cpu": _backward_cpu,
-        "default": lambda operands, spec, num_devices: linear_bwd(*operands, spec),
-    },
+    {"cpu": _backward_cpu, "default": _backward_default},
     _backward_shapes,
 )

@@ -8,6 +8,7 @@ with a stride, so that a batch that is sharded over devices stays where it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,11 @@ def backward_by_rows(
         return body(operands, out_grad, state_grad, spec)
     grads = _over_groups(lambda *a: body(*a, spec), operands, out_grad, state_grad, rows=rows)
     shared = _shared(operands)
-    return Operands(
-        **{
-            name: x if x is None else (jnp.sum(x, axis=0) if name in shared else _merge(x))
-            for name, x in grads._asdict().items()
-        }
-    )
+    whole: dict[str, Any] = {
+        name: x if x is None else (jnp.sum(x, axis=0) if name in shared else _merge(x))
+        for name, x in grads._asdict().items()
+    }
+    return Operands(**whole)
 
 
 def _shared(operands: Operands) -> tuple[str, ...]:
@@ -73,7 +73,9 @@ def _over_groups(run: Callable, operands: Operands, *more: jax.Array, rows: int)
         )
 
     def one(g: jax.Array):
-        part = {n: x if n in shared else group(x, g) for n, x in operands._asdict().items()}
+        part: dict[str, Any] = {
+            n: x if n in shared else group(x, g) for n, x in operands._asdict().items()
+        }
         return run(Operands(**part), *(group(x, g) for x in more))
 
     return lax.map(one, jnp.arange(groups))

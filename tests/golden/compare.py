@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Compare(NamedTuple):
-    """One array to compare: |got - want| <= rtol * max|want|, and equal where `want` is not finite."""
+    """One array: |got - want| <= rtol * max|want|, and equal where `want` is not finite."""
 
     name: str
     got: Any
@@ -17,7 +17,7 @@ class Compare(NamedTuple):
     rtol: float
 
     def error(self) -> float:
-        """Largest difference relative to the largest finite |want|; inf where they do not match at all."""
+        """Largest difference relative to the largest finite |want|; inf where they do not match."""
         got, want = np.asarray(self.got), np.asarray(self.want)
         if got.shape != want.shape:
             return float("inf")

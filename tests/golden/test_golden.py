@@ -1,8 +1,8 @@
-"""Results of official implementations: files `<case>_<letter>.npz`, one adapter `<case>.py` for each case.
+"""Results of official implementations: files `<case>_<letter>.npz`, an adapter `<case>.py` each.
 
-The files in `data/` are used, or those in $GOLDEN_DIR. An adapter reads every size and option from the
-file, so the same test runs on other files of its case. A key that the adapter does not use fails the test
-unless the adapter lists it in UNUSED = {name: why}.
+The files in `data/` are used, or those in $GOLDEN_DIR. An adapter reads every size and option from
+the file, so the same test runs on other files of its case. A key that the adapter does not use
+fails the test unless the adapter lists it in UNUSED = {name: why}.
 """
 
 import importlib
@@ -25,7 +25,8 @@ def case_of(path):
 
 def test_the_folder_holds_cases():
     assert any(case_of(path) in ADAPTERS for path in FILES), (
-        f"no golden case with an adapter in {FOLDER}; set GOLDEN_DIR to a folder of <case>_<letter>.npz"
+        f"no golden case with an adapter in {FOLDER}; set GOLDEN_DIR to a folder of "
+        "<case>_<letter>.npz"
     )
 
 

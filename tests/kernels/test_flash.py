@@ -1,4 +1,4 @@
-"""Block-sparse attention against the dense definition in float64: values, lse and every gradient."""
+"""Block-sparse attention against the dense definition in float64: values, lse, all gradients."""
 
 import functools
 
@@ -202,9 +202,10 @@ def test_bfloat16_is_as_good_as_dense():
 def test_memory_of_gradients_grows_linearly():
     def temporary(t):
         x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
-        loss = lambda q, k, v: aj.attention(
-            q, k, v, is_causal=True, implementation="block_sparse"
-        ).sum()  # noqa: E731
+
+        def loss(q, k, v):
+            return aj.attention(q, k, v, is_causal=True, implementation="block_sparse").sum()
+
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

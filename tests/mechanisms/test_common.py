@@ -26,7 +26,9 @@ KINDS = {"module", "function", "layout", "model"}
 @functools.cache
 def example(name):
     """The module, its input, and the compiled call `(parameters, x, options) -> y`."""
-    module, x = TABLE[name].example()
+    make = TABLE[name].example
+    assert make is not None
+    module, x = make()
     graph, state = nnx.split(module)
 
     @jax.jit

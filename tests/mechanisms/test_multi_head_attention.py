@@ -145,7 +145,7 @@ class TestLayouts:
             ({"window": 3}, lambda i, j: abs(i - j) < 3),
             ({"window": 2, "sinks": 1}, lambda i, j: abs(i - j) < 2 or j < 1),
         ],
-        ids=str,
+        ids=lambda x: str(x) if isinstance(x, dict) else "",
     )
     def test_equals_the_rule(self, options, rule):
         module = layer(4, 8, num_kv_heads=2, **options)

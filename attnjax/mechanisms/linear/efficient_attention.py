@@ -125,7 +125,8 @@ def efficient_attention(
         # padding may hold anything, NaN too
         k, v = (jnp.where(key_mask[..., None, None], x, jnp.zeros_like(x)) for x in (k, v))
     if causal:
-        start = cache or ContextCache.create(q.shape[0], *q.shape[2:], v.shape[3], q.dtype)
+        b, _, h, width = q.shape
+        start = cache or ContextCache.create(b, h, width, v.shape[3], q.dtype)
         run = _causal_softmax if normalizer == "softmax" else _causal_scaling
         out, after = run(q, k, v, key_mask, start, chunk_size)
         return out.astype(value.dtype) if cache is None else (out.astype(value.dtype), after)

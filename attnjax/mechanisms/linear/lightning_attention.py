@@ -226,13 +226,16 @@ class LightningAttention(nnx.Module):
         self.in_features, self.out_features = in_features, out_features
         self.norm, self.gate, self.chunk_size = norm, gate, chunk_size
         self.dtype, self.param_dtype = dtype, param_dtype
-        if isinstance(slopes, str):
-            slopes = lightning_slopes(num_heads, layer, num_layers, slopes).tolist()
-        if slopes is not None and (len(slopes) != num_heads or any(s < 0 for s in slopes)):
+        decay: Sequence[float] | None = (
+            lightning_slopes(num_heads, layer, num_layers, slopes).tolist()
+            if isinstance(slopes, str)
+            else slopes
+        )
+        if decay is not None and (len(decay) != num_heads or any(s < 0 for s in decay)):
             raise ValueError(
-                f"{name}: slopes must be num_heads={num_heads} numbers >= 0, got {slopes}."
+                f"{name}: slopes must be num_heads={num_heads} numbers >= 0, got {decay}."
             )
-        self.slopes = None if slopes is None else tuple(slopes)
+        self.slopes = None if decay is None else tuple(decay)
 
         shared: dict[str, Any] = dict(
             use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init,
@@ -363,7 +366,8 @@ class LightningAttention(nnx.Module):
         """Output by head [b, t, h, d], and the cache after these tokens."""
         if cache is None:
             options: dict[str, Any] = dict(segment_ids=segment_ids, chunk_size=self.chunk_size)
-            return lightning_attention(q, k, v, slopes, valid=valid, **options), None
+            only: Any = lightning_attention(q, k, v, slopes, valid=valid, **options)
+            return only, None
         if cache.state.shape != (q.shape[0], self.num_heads, q.shape[3], v.shape[3]):
             raise ValueError(
                 f"{type(self).__name__}: cache holds a state of shape {cache.state.shape}, x needs "
@@ -416,7 +420,7 @@ class LightningAttention(nnx.Module):
                 f"got {positions.shape}."
             )
         if segment_ids is not None:
-            check_segments(name, segment_ids, *x.shape[:2])
+            check_segments(name, segment_ids, x.shape[0], x.shape[1])
         if valid is not None:
             _check_valid(name, valid, x.shape[:2])
 

@@ -135,8 +135,10 @@ def linear_attention_step(
     _check_array(name, "bonus", bonus, (h, k))
     _check_array(name, "state", state, (b, h, k, value.shape[2]))
     _check_options(name, beta, bonus, None, None)
-    scale = k**-0.5 if scale is None else float(scale)
-    return linear_step(query, key, value, state, decay=decay, beta=beta, bonus=bonus, scale=scale)
+    return linear_step(
+        query, key, value, state, decay=decay, beta=beta, bonus=bonus,
+        scale=k**-0.5 if scale is None else float(scale),
+    )  # fmt: skip
 
 
 def _runs(segment_ids: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ class TransNormerBlock(nnx.Module):
             valid=valid, deterministic=deterministic, edits=edits and edits.only(self.mixer.sites),
             capture=inside,
         )  # fmt: skip
-        parts = result if isinstance(result, tuple) else (result,)
+        parts = [*result] if isinstance(result, tuple) else [result]
         x = tap("resid_mid", x + parts[0])
         y = self.norm(x)
         y = tap("mlp_out", self.down(self.gate(y) * self.up(y)))

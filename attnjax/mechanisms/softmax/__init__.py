@@ -1,0 +1,1 @@
+"""Softmax attention: exact, whatever the order in which its keys are visited."""

@@ -3,9 +3,9 @@
     m' = max(m, s),  n ← n e^{m-m'} + e^{s-m'},  a ← a e^{m-m'} + v e^{s-m'},  o = a / n
 
 Reference: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, arXiv:2112.05682.
-The paper checkpoints every chunk and lets the backward pass recompute it; here the chunk walk has its own
-derivative that does the same. Differs from the published listing: lengths need not be multiples of the
-chunks, and a row whose keys are all masked gives 0 instead of a uniform average.
+The paper checkpoints every chunk and lets the backward pass recompute it; here the chunk walk has
+its own derivative that does the same. Differs from the published listing: lengths need not be
+multiples of the chunks, and a row whose keys are all masked gives 0 instead of a uniform average.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def memory_efficient_attention(
     return_residual: bool = False,
     precision: Any = None,
 ) -> Any:
-    """Softmax attention over chunks of queries and keys; equal to dense attention for every chunk size.
+    """Softmax attention over chunks of queries and keys; equal to dense attention for any chunks.
 
     Args:
       query, key, value: shapes as annotated, h a multiple of g.

@@ -333,7 +333,7 @@ class MultiHeadAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values by head, normalized, edited, and rotated."""
         q, k, v = self.query(x), self.key(x_k), self.value(x_v)
-        if self.query_ln is not None:
+        if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
         if tap.edits.q_add is not None:
             q = add_bias(q, tap.edits.q_add)
@@ -469,6 +469,7 @@ class MultiHeadAttention(nnx.Module):
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotary embedding of x [b, t, h, d] at positions [b, t] or [b, h, t]."""
+        assert self.rope_base is not None  # checked by the caller
         rotated = 2 * int(self.head_dim * self.rope_fraction / 2)
         scaling = self.rope_scaling
         # one length for all calls, or cached keys and new queries would turn at different speeds

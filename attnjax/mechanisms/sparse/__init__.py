@@ -1,0 +1,1 @@
+"""Sparse attention: layouts that leave out most of the pairs."""
