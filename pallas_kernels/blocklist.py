@@ -72,7 +72,7 @@ class BlockList:
             (self.full_count, self.full_cols, FULL),
         ):
             # padding repeats a valid index, so it writes what is there already
-            value = ((count > 0) * kind)[..., None].astype(xp.int8)
+            value = xp.where(count > 0, xp.int8(kind), xp.int8(0))[..., None]
             value = xp.broadcast_to(value, cols.shape)
             if xp is np:
                 grid = np.indices(cols.shape, sparse=True)[:-1]

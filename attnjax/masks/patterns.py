@@ -99,8 +99,8 @@ class Strided(Mask):
             return self.offset
         if isinstance(self.offset, tuple):
             # a sum of comparisons needs no table in memory; h is a scalar inside kernels
-            picked = sum((h == i) * np.int32(n) for i, n in enumerate(self.offset) if n)
-            return like(picked, index) if hasattr(picked, "dtype") else picked
+            head = h if hasattr(h, "dtype") else np.int32(h)
+            return sum(like(head == i, index) * n for i, n in enumerate(self.offset) if n)
         return like(look_up(self.offset, h) if self.offset.ndim else self.offset, index)
 
 
