@@ -28,6 +28,9 @@ LANES = 4
 LANE_SCORES = 1 << 23
 """Calls with fewer scores than this take one lane: they compile faster and are fast already."""
 
+LANE_TILE = 1 << 18
+"""Tiles with more scores than this keep every core busy by themselves, and take one lane."""
+
 
 def flash_attention(
     query: jax.Array,
@@ -81,7 +84,7 @@ def flash_attention(
     tiling = choose_tiling(
         mask, t, s, q_offset=q_offset, num_heads=h, batch=b, block_sizes=block_sizes
     )
-    lists = tiling.lists
+    lists, span = tiling.lists, tiling.span
     if mask_array is not None:
         lists = _all_partial(lists)
     full, partial = (
@@ -93,7 +96,7 @@ def flash_attention(
     mod, consts = None, []
     if score_mod is not None:
         dtype = tilemath.accumulator_dtype(query.dtype)
-        mod, consts = trace_score_mod(score_mod, tiling.block_q, tiling.block_kv, dtype)
+        mod, consts = trace_score_mod(score_mod, tiling.block_q, span, dtype)
     spec = FlashSpec(
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
@@ -102,10 +105,11 @@ def flash_attention(
         precision=precision,
         block_q=tiling.block_q,
         block_kv=tiling.block_kv,
-        any_full=full is None or bool(full.any()),
-        any_partial=partial is None or bool(partial.any()),
+        span=span,
+        any_full=tiling.band is None and (full is None or bool(full.any())),
+        any_partial=tiling.band is not None or partial is None or bool(partial.any()),
         max_blocks=max_blocks,
-        lanes=LANES if b * h * t * max_blocks * tiling.block_kv >= LANE_SCORES else 1,
+        lanes=_lanes(b * h * t * max_blocks * tiling.block_kv, tiling.block_q * span),
     )
     floats = tuple(bool(jnp.issubdtype(c.dtype, jnp.floating)) for c in consts)
     inputs = {
@@ -118,6 +122,7 @@ def flash_attention(
     }
     others = {
         "lists": lists,
+        "band": tiling.band,
         "mask": mask,
         "mask_array": mask_array,
         "seed": dropout_seed,
@@ -126,6 +131,10 @@ def flash_attention(
     }
     others = jax.tree.map(jnp.asarray, others)
     return _flash(inputs, others, (spec, floats))
+
+
+def _lanes(scores: int, tile: int) -> int:
+    return LANES if scores >= LANE_SCORES and tile <= LANE_TILE else 1
 
 
 def _all_partial(lists: BlockList) -> BlockList:
@@ -166,7 +175,7 @@ def _operands(inputs: Any, others: Any, floats: tuple[bool, ...]) -> dict[str, A
     sources = {True: iter(inputs["mod_floats"]), False: iter(others["mod_others"])}
     return {
         **{n: inputs[n] for n in ("query", "key", "value", "bias", "sinks")},
-        **{n: others[n] for n in ("lists", "mask", "mask_array", "seed", "q_offset")},
+        **{n: others[n] for n in ("lists", "band", "mask", "mask_array", "seed", "q_offset")},
         "mod_consts": [next(sources[f]) for f in floats],
     }
 

@@ -21,16 +21,26 @@ EDGE_COST = (16.0, 96.0)
 MASK_COST = 0.15
 """Extra cost of a tile that needs its mask, relative to its scores."""
 
+BAND_KEYS = 1024
+"""Most keys that a row takes in one step."""
+
 SEARCH_TILES = 1 << 16
 """Candidates with more tiles than this are not classified for the search."""
 
 
 class Tiling(NamedTuple):
-    """Tile sizes in tokens, and the block list they give."""
+    """Tile sizes in tokens, the block list they give, and the band that may replace it.
+
+    When the listed key blocks of every row are neighbors and few, as for a window, `band`
+    [nb, nh, nq] holds the first key of each row, and one step takes all `span` keys from there.
+    Otherwise `band` is None and `span` is block_kv.
+    """
 
     block_q: int
     block_kv: int
     lists: BlockList
+    span: int
+    band: np.ndarray | None = None
 
 
 def choose_tiling(
@@ -60,14 +70,14 @@ def choose_tiling(
         )  # fmt: skip
 
     if block_sizes is not None:
-        return Tiling(*block_sizes, lists(*block_sizes))
+        return Tiling(*block_sizes, lists(*block_sizes), block_sizes[1])
     sizes = [
         (bq, bk) for bq in _fitting(QUERY_BLOCKS, q_len) for bk in _fitting(KEY_BLOCKS, kv_len)
     ]
     static = mask.is_static and isinstance(q_offset, (int, np.integer, np.ndarray))
     if not static:
         bq, bk = min(sizes, key=lambda s: abs(s[0] - 256) + abs(s[1] - 256))
-        return Tiling(bq, bk, lists(bq, bk))
+        return Tiling(bq, bk, lists(bq, bk), bk)
     # per-head and per-row masks multiply the tiles: search on coarse candidates only
     copies = (mask.num_heads or 1) * (mask.batch_size or 1)
     affordable = [s for s in sizes if _tiles(q_len, kv_len, s) * copies <= SEARCH_TILES]
@@ -78,9 +88,34 @@ def choose_tiling(
         edges = 1 + EDGE_COST[0] / bq + EDGE_COST[1] / bk
         cost = (full + partial) * STEP_COST + (full + (1 + MASK_COST) * partial) * bq * bk * edges
         if cost < best_cost:
-            best, best_cost = Tiling(bq, bk, found), cost
+            best, best_cost = Tiling(bq, bk, found, bk), cost
+        band, span = _band(found)
+        if band is not None:
+            edges = 1 + EDGE_COST[0] / bq + EDGE_COST[1] / span
+            cost = band.size * (STEP_COST + (1 + MASK_COST) * bq * span * edges)
+            if cost < best_cost:
+                best, best_cost = Tiling(bq, bk, found, span, band), cost
     assert best is not None  # there is always one candidate
     return best
+
+
+def _band(lists: BlockList) -> tuple[np.ndarray | None, int]:
+    """(first key of every row, keys of a row) where the rows are bands, else (None, 0)."""
+    counts = lists.full_count + lists.partial_count
+    span = int(counts.max(initial=0)) * lists.block_kv
+    if not 0 < span <= BAND_KEYS:
+        return None, 0
+    kinds = ((lists.full_count, lists.full_cols), (lists.partial_count, lists.partial_cols))
+    first = np.full(counts.shape, lists.num_kv_blocks, np.int32)
+    last = np.full(counts.shape, -1, np.int32)
+    for count, cols in kinds:  # rows are sorted, and padded with their last entry
+        some = count > 0
+        first = np.where(some, np.minimum(first, cols[..., 0]), first)
+        last = np.where(some, np.maximum(last, cols[..., -1]), last)
+    if np.any((counts > 0) & (last - first + 1 != counts)):
+        return None, 0
+    end = lists.num_kv_blocks * lists.block_kv - span
+    return np.minimum(first * lists.block_kv, end).astype(np.int32), span
 
 
 def _fitting(blocks: tuple[int, ...], length: int) -> list[int]:

@@ -93,16 +93,17 @@ def choose_layout(b: int, h: int, g: int, list_rows: int, list_heads: int, most:
 class Cut(NamedTuple):
     """Operands as the tile loops read them.
 
-    q, k and v are lists over lanes of [members, blocks, block, d], or, before they are spread over
-    lanes, one [b, h, blocks, block, d]; cols [nb, nh, nq, width] lists FULL key blocks first and
-    PARTIAL ones behind; full and total [nb, nh, nq] count them. `rest` holds "mask", "mask_array",
-    "bias", "sinks", "seed", "q_offset" and "mod_consts".
+    q is a list over lanes of [members, blocks, block, d], k and v of [members, s padded, d]; before
+    they are spread over lanes they are one array each, with [b, h] in place of members. starts
+    [nb, nh, nq, width] lists the first keys of FULL blocks and then of PARTIAL ones; full and total
+    [nb, nh, nq] count them. `rest` holds "mask", "mask_array", "bias", "sinks", "seed", "q_offset"
+    and "mod_consts".
     """
 
     q: Any
     k: Any
     v: Any
-    cols: jax.Array
+    starts: jax.Array
     full: jax.Array
     total: jax.Array
     rest: Operands
@@ -117,13 +118,16 @@ def blocks(x: jax.Array, block: int) -> jax.Array:
 
 
 def unblocks(x: jax.Array, t: int) -> jax.Array:
-    """The inverse of `blocks`."""
-    b, h, n, block, d = x.shape
-    return x.reshape(b, h, n * block, d)[:, :, :t].transpose(0, 2, 1, 3)
+    """The inverse of `blocks` and of `flat_blocks`."""
+    b, h, *_, d = x.shape
+    return x.reshape(b, h, -1, d)[:, :, :t].transpose(0, 2, 1, 3)
 
 
-def merged_lists(lists: Any, spec: FlashSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(cols, full, total) of `Cut` from a block list."""
+def merged_lists(operands: Operands, spec: FlashSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(starts, full, total) of `Cut` from a block list; of a band, one masked entry per row."""
+    lists, band = operands["lists"], operands["band"]
+    if band is not None:
+        return band[..., None], jnp.zeros_like(band), jnp.ones_like(band)
     width = spec.max_blocks
     place = jnp.arange(width, dtype=jnp.int32).reshape(1, 1, 1, -1)
     full, partial = lists.full_count[..., None], lists.partial_count[..., None]
@@ -135,7 +139,13 @@ def merged_lists(lists: Any, spec: FlashSpec) -> tuple[jax.Array, jax.Array, jax
         jnp.take_along_axis(lists.full_cols, jnp.broadcast_to(at_full, shape), axis=-1),
         jnp.take_along_axis(lists.partial_cols, at_partial, axis=-1),
     )
-    return cols, full[..., 0], (full + partial)[..., 0]
+    return cols * spec.block_kv, full[..., 0], (full + partial)[..., 0]
+
+
+def flat_blocks(x: jax.Array, block: int) -> jax.Array:
+    """[b, t, h, d] -> [b, h, t padded to whole blocks, d]."""
+    b, _, h, d = x.shape
+    return blocks(x, block).reshape(b, h, -1, d)
 
 
 def prescaled(query: jax.Array, scale: float) -> jax.Array:

@@ -16,7 +16,8 @@ class FlashSpec:
       score_mod: traced score program (`pallas_kernels.flash.score.ScoreProgram`), or None.
       dropout_rate: probability of dropping a weight.
       precision: of the matrix products.
-      block_q, block_kv: tile sizes, in tokens.
+      block_q, block_kv: tile sizes of the block lists, in tokens.
+      span: keys that one step of the XLA body takes, in tokens: block_kv, or the width of a band.
       any_full, any_partial: whether the lists may hold FULL and PARTIAL tiles.
       max_blocks: largest number of listed blocks in a row.
       lanes: most tiles that one step works on side by side.
@@ -29,6 +30,7 @@ class FlashSpec:
     precision: Any
     block_q: int
     block_kv: int
+    span: int
     any_full: bool
     any_partial: bool
     max_blocks: int

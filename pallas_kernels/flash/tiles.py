@@ -34,9 +34,15 @@ def block_at(x: jax.Array, place: Any, i: Any) -> jax.Array:
     return read(x, (place, i, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
 
-def add_block(x: jax.Array, place: Any, i: Any, update: jax.Array) -> jax.Array:
-    """Adds [block, d] to block i of a member."""
-    return write(x, (block_at(x, place, i) + update)[None, None], (place, i, 0, 0))
+def keys_at(x: jax.Array, place: Any, start: Any, span: int) -> jax.Array:
+    """Keys start .. start + span - 1 of a member: [span, d] of [members, s, d]."""
+    return read(x, (place, start, 0), (1, span, x.shape[2]))[0]
+
+
+def add_keys(x: jax.Array, place: Any, start: Any, update: jax.Array) -> jax.Array:
+    """Adds [span, d] where `keys_at` read."""
+    old = keys_at(x, place, start, update.shape[0])
+    return write(x, (old + update)[None], (place, start, 0))
 
 
 def walk(
@@ -47,45 +53,45 @@ def walk(
     step: Callable[[Any, Any, bool], Any],
     carry: Any,
 ) -> Any:
-    """`carry = step(carry, col, masked)` over the listed key blocks of row i.
+    """`carry = step(carry, start, masked)` over the first keys of the listed blocks of row i.
 
     The FULL blocks come first, with masked=False; then the PARTIAL ones.
     """
     rows, heads = cut.total.shape[:2]
     at = (member.b if rows > 1 else 0, member.h if heads > 1 else 0, i)
-    cols, full, total = cut.cols[at], cut.full[at], cut.total[at]
-    start = jnp.int32(0)
+    starts, full, total = cut.starts[at], cut.full[at], cut.total[at]
+    first = jnp.int32(0)
     if spec.any_full:
-        carry = lax.fori_loop(start, full, lambda j, c: step(c, cols[j], False), carry)
-        start = full
+        carry = lax.fori_loop(first, full, lambda j, c: step(c, starts[j], False), carry)
+        first = full
     if spec.any_partial:
-        carry = lax.fori_loop(start, total, lambda j, c: step(c, cols[j], True), carry)
+        carry = lax.fori_loop(first, total, lambda j, c: step(c, starts[j], True), carry)
     return carry
 
 
 def indices(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, start: Any, transposed: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Absolute indices of queries and keys, [m, 1] and [1, n], or [1, m] and [n, 1] transposed."""
     offset = cut.rest["q_offset"]
     offset = offset[member.b] if offset.shape[0] > 1 else offset[0]
     q = jnp.arange(spec.block_q, dtype=jnp.int32) + (i * spec.block_q + offset)
-    k = jnp.arange(spec.block_kv, dtype=jnp.int32) + col * spec.block_kv
+    k = jnp.arange(spec.span, dtype=jnp.int32) + start
     if transposed:
         return q.reshape(1, -1), k.reshape(-1, 1)
     return q.reshape(-1, 1), k.reshape(1, -1)
 
 
 def visible(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, kv_len: int, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, start: Any, kv_len: int, transposed: bool
 ) -> jax.Array:
     """Booleans of a tile that needs its mask."""
-    q, k = indices(cut, spec, member, i, col, transposed)
+    q, k = indices(cut, spec, member, i, start, transposed)
     keep = k < kv_len
     if cut.rest["mask"] is not None:
         keep = keep & cut.rest["mask"].predicate(member.b, member.h, q, k)
     if cut.rest["mask_array"] is not None:
-        keep = keep & _array_tile(cut.rest["mask_array"], spec, member, i, col, transposed)
+        keep = keep & _array_tile(cut.rest["mask_array"], spec, member, i, start, transposed)
     return keep
 
 
@@ -105,18 +111,18 @@ def raw_scores(spec: FlashSpec, q: jax.Array, k: jax.Array, transposed: bool) ->
 
 
 def bias_tile(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, start: Any, transposed: bool
 ) -> jax.Array | None:
     """The part of the bias that a tile needs, with axes of size 1 where it broadcasts."""
     bias = cut.rest["bias"]
-    return None if bias is None else _array_tile(bias, spec, member, i, col, transposed)
+    return None if bias is None else _array_tile(bias, spec, member, i, start, transposed)
 
 
 def score_stages(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, start: Any, transposed: bool
 ) -> Callable[[jax.Array, Any, Any], jax.Array]:
     """`(raw scores, bias tile, mod_consts) -> scores`: what lies between product and mask."""
-    q, k = indices(cut, spec, member, i, col, transposed)
+    q, k = indices(cut, spec, member, i, start, transposed)
 
     def apply(scores: jax.Array, bias: Any, consts: Any) -> jax.Array:
         if bias is not None:
@@ -138,23 +144,23 @@ def hide(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
 
 
 def dropout(
-    cut: Cut, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
+    cut: Cut, spec: FlashSpec, member: Member, i: Any, start: Any, transposed: bool
 ) -> jax.Array | None:
     """Dropout factors of a tile, or None without dropout."""
     if spec.dropout_rate == 0.0:
         return None
-    q, k = indices(cut, spec, member, i, col, transposed)
+    q, k = indices(cut, spec, member, i, start, transposed)
     seed = cut.rest["seed"]
     factors = tilemath.dropout_factors(seed, member.b, member.h, q, k, spec.dropout_rate)
     return factors.astype(tilemath.accumulator_dtype(cut.q[0].dtype))
 
 
 def _array_tile(
-    x: jax.Array, spec: FlashSpec, member: Member, i: Any, col: Any, transposed: bool
+    x: jax.Array, spec: FlashSpec, member: Member, i: Any, start: Any, transposed: bool
 ) -> jax.Array:
     """The tile of a padded [b|1, h|1, t|1, s|1] array that a step needs."""
-    start, sizes = _tile_place(x, spec, member, i, col)
-    tile = read(x, start, sizes)[0, 0]
+    place, sizes = _tile_place(x, spec, member, i, start)
+    tile = read(x, place, sizes)[0, 0]
     return tile.T if transposed else tile
 
 
@@ -164,20 +170,20 @@ def add_array_tile(
     spec: FlashSpec,
     member: Member,
     i: Any,
-    col: Any,
+    start: Any,
     transposed: bool,
 ) -> jax.Array:
     """Adds a tile's gradient where `_array_tile` read it."""
     tile = (tile.T if transposed else tile).astype(total.dtype)
-    start, sizes = _tile_place(total, spec, member, i, col)
-    return write(total, read(total, start, sizes) + tile[None, None], start)
+    place, sizes = _tile_place(total, spec, member, i, start)
+    return write(total, read(total, place, sizes) + tile[None, None], place)
 
 
 def _tile_place(
-    x: jax.Array, spec: FlashSpec, member: Member, i: Any, col: Any
+    x: jax.Array, spec: FlashSpec, member: Member, i: Any, start: Any
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """(start, sizes) of a tile in a [b|1, h|1, t|1, s|1] array."""
     b, h = (n if size > 1 else 0 for n, size in zip(member[:2], x.shape[:2], strict=True))
     row, rows = (i * spec.block_q, spec.block_q) if x.shape[2] > 1 else (0, 1)
-    column, columns = (col * spec.block_kv, spec.block_kv) if x.shape[3] > 1 else (0, 1)
+    column, columns = (start, spec.span) if x.shape[3] > 1 else (0, 1)
     return (b, h, row, column), (1, 1, rows, columns)

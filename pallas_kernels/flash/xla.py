@@ -84,12 +84,12 @@ def backward(operands: Operands, spec: FlashSpec, num_devices: int) -> dict[str,
 
 def _cut(operands: Operands, spec: FlashSpec) -> tuple[Any, tuple[jax.Array, ...], tuple[int, int]]:
     """Operands in blocks [b, h, blocks, block, d], the backward's extra ones, and (nb, nh)."""
-    cols, full, total = lanes.merged_lists(operands["lists"], spec)
+    starts, full, total = lanes.merged_lists(operands, spec)
     cut = Cut(
         lanes.blocks(lanes.prescaled(operands["query"], spec.scale), spec.block_q),
-        lanes.blocks(operands["key"], spec.block_kv),
-        lanes.blocks(operands["value"], spec.block_kv),
-        cols,
+        lanes.flat_blocks(operands["key"], spec.block_kv),
+        lanes.flat_blocks(operands["value"], spec.block_kv),
+        starts,
         full,
         total,
         lanes.padded_rest(operands, spec),
@@ -111,12 +111,12 @@ def _vectorized(one: Any, cut: Any, extra: tuple[jax.Array, ...], b: int, h: int
     k, v = (jnp.repeat(x, h // g, axis=1) for x in (cut.k, cut.v))
 
     def alone(q: Any, k: Any, v: Any, lists: Any, extra: Any, row: Any, head: Any) -> Any:
-        cols, full, total = (x.reshape(1, 1, *x.shape) for x in lists)
-        local = Cut([q[None]], [k[None]], [v[None]], cols, full, total, cut.rest)
+        starts, full, total = (x.reshape(1, 1, *x.shape) for x in lists)
+        local = Cut([q[None]], [k[None]], [v[None]], starts, full, total, cut.rest)
         layout = Layout(1, 1, 1, 1, 1, only=(row, head))
         return one(local, [[x[None]] for x in extra], layout)
 
-    lists = (cut.cols, cut.full, cut.total)
+    lists = (cut.starts, cut.full, cut.total)
     list_axes = (0 if rows > 1 else None, 0 if heads > 1 else None)
     if rows == 1:
         lists = tuple(x[0] for x in lists)
@@ -143,29 +143,29 @@ def _forward_lanes(
         members = [layout.member(lane, chunk) for lane in range(layout.lanes)]
         queries = [tiles.block_at(q, m.place, i) for q, m in zip(cut.q, members, strict=True)]
 
-        def tile(carry: Any, col: Any, masked: bool) -> Any:
+        def tile(carry: Any, start: Any, masked: bool) -> Any:
             keep, updated = None, []
             for lane, (m, q) in enumerate(zip(members, queries, strict=True)):
                 if masked and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, col, kv_len, False)
-                k = tiles.block_at(cut.k[lane], m.kv_place, col)
-                v = tiles.block_at(cut.v[lane], m.kv_place, col)
-                stages = tiles.score_stages(cut, spec, m, i, col, False)
-                bias = tiles.bias_tile(cut, spec, m, i, col, False)
+                    keep = tiles.visible(cut, spec, m, i, start, kv_len, False)
+                k = tiles.keys_at(cut.k[lane], m.kv_place, start, spec.span)
+                v = tiles.keys_at(cut.v[lane], m.kv_place, start, spec.span)
+                stages = tiles.score_stages(cut, spec, m, i, start, False)
+                bias = tiles.bias_tile(cut, spec, m, i, start, False)
                 raw = tiles.raw_scores(spec, q, k, False)
                 scores = tiles.hide(stages(raw, bias, cut.rest["mod_consts"]), keep)
-                drop = tiles.dropout(cut, spec, m, i, col, False)
+                drop = tiles.dropout(cut, spec, m, i, start, False)
                 updated.append(
                     tilemath.softmax_update(carry[lane], scores, v, drop, spec.precision)
                 )
             return updated
 
         sinks = cut.rest["sinks"]
-        start = [
+        begin = [
             tilemath.softmax_init(bq, width, dtype, None if sinks is None else sinks[m.h])
             for m in members
         ]
-        finished = tiles.walk(cut, spec, members[0], i, tile, start)
+        finished = tiles.walk(cut, spec, members[0], i, tile, begin)
         out = []
         for (o, lse), m, carry in zip(outputs, members, finished, strict=True):
             results = tilemath.softmax_finish(carry)
@@ -210,22 +210,22 @@ def _backward_lanes(
             q, do, lse, delta = (tiles.block_at(x[lane], m.place, i) for x in (cut.q, *extra))
             saved.append((q, do, lse.T, delta.T))
 
-        def tile(carry: Any, col: Any, masked: bool) -> Any:
+        def tile(carry: Any, start: Any, masked: bool) -> Any:
             per_lane, dbias, dconsts = carry
             keep, updated = None, []
             for lane, (m, (q, do, lse, delta)) in enumerate(zip(members, saved, strict=True)):
                 dq, dk, dv = per_lane[lane]
                 if masked and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, col, kv_len, True)
-                k = tiles.block_at(cut.k[lane], m.kv_place, col)
-                v = tiles.block_at(cut.v[lane], m.kv_place, col)
-                stages = tiles.score_stages(cut, spec, m, i, col, True)
-                bias = tiles.bias_tile(cut, spec, m, i, col, True)
+                    keep = tiles.visible(cut, spec, m, i, start, kv_len, True)
+                k = tiles.keys_at(cut.k[lane], m.kv_place, start, spec.span)
+                v = tiles.keys_at(cut.v[lane], m.kv_place, start, spec.span)
+                stages = tiles.score_stages(cut, spec, m, i, start, True)
+                bias = tiles.bias_tile(cut, spec, m, i, start, True)
                 raw = tiles.raw_scores(spec, q, k, True)
                 p = tilemath.probabilities(tiles.hide(stages(raw, bias, consts), keep), lse)
                 dp = tilemath.dot(v, do, (1, 1), spec.precision)
                 weights = p
-                drop = tiles.dropout(cut, spec, m, i, col, True)
+                drop = tiles.dropout(cut, spec, m, i, start, True)
                 if drop is not None:
                     weights, dp = p * drop, dp * drop
                 ds = p * (dp - delta)
@@ -240,7 +240,7 @@ def _backward_lanes(
                     _, pull = jax.vjp(varied, raw, bias, floats)
                     ds, d_bias, d_floats = pull(ds)
                     if dbias is not None:
-                        dbias = tiles.add_array_tile(dbias, d_bias, spec, m, i, col, True)
+                        dbias = tiles.add_array_tile(dbias, d_bias, spec, m, i, start, True)
                     pairs = zip(dconsts, d_floats, strict=True)
                     dconsts = [total + d.astype(total.dtype) for total, d in pairs]
                 dk_tile = tilemath.dot(ds, q, (1, 0), spec.precision)
@@ -250,18 +250,18 @@ def _backward_lanes(
                 updated.append(
                     (
                         dq + tilemath.dot(k, ds, (0, 0), spec.precision),
-                        tiles.add_block(dk, m.kv_place, col, dk_tile),
-                        tiles.add_block(dv, m.kv_place, col, dv_tile),
+                        tiles.add_keys(dk, m.kv_place, start, dk_tile),
+                        tiles.add_keys(dv, m.kv_place, start, dv_tile),
                     )
                 )
             return updated, dbias, dconsts
 
         gradients, dbias, dconsts = state
-        start = [
+        begin = [
             (jnp.zeros(q.T.shape, dtype), *g[1:])
             for (q, *_), g in zip(saved, gradients, strict=True)
         ]
-        found, dbias, dconsts = tiles.walk(cut, spec, members[0], i, tile, (start, dbias, dconsts))
+        found, dbias, dconsts = tiles.walk(cut, spec, members[0], i, tile, (begin, dbias, dconsts))
         gradients = [
             (tiles.write(old[0], new[0].T[None, None], (m.place, i, 0, 0)), *new[1:])
             for m, old, new in zip(members, gradients, found, strict=True)

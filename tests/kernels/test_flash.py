@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import attnjax as aj
 from attnjax.masks import Causal, Full, Prefix, Segments, Sink, Window, per_head
 from pallas_kernels.compat import enable_x64
+from pallas_kernels.flash.blocks import choose_tiling
 from tests.compiles import compilations
 
 RTOL = 1e-11
@@ -126,6 +127,32 @@ def test_lanes_agree_with_one_lane(monkeypatch):
 def test_cost_model_tiles_agree_with_given_tiles():
     with enable_x64(True):
         agree(*both_paths(lambda _: {"mask": Causal() & Window(100)}, qkv(300, 300), blocks=None))
+
+
+def test_bands_agree_with_every_option(monkeypatch):
+    """Rows whose keys are neighbors are taken in one step, at starts between the blocks' edges."""
+    for name, value in {"QUERY_BLOCKS": (32,), "KEY_BLOCKS": (16,), "STEP_COST": 0.0}.items():
+        monkeypatch.setattr(f"pallas_kernels.flash.blocks.{name}", value)
+    masks = [Causal() & Window(9 + 10 * i) for i in range(4)]
+    seen = jnp.asarray(np.random.default_rng(1).random((2, 1, 130, 130)) < 0.8)
+    with enable_x64(True):
+        arrays = qkv(130, 130, h=4, g=2) | {
+            "bias": normal(4, 1, 4, 130, 130),
+            "slope": normal(5, 4),
+        }
+
+        def case(a):
+            def tilt(s, b, h, q, k):
+                return s + a["slope"][h] * jnp.cos((q - k).astype(s.dtype))
+
+            return {"mask": per_head(masks) & Prefix(120), "bias": a["bias"], "score_mod": tilt}
+
+        options = {"q_offset": 0, "num_heads": 4, "batch": 2}
+        assert choose_tiling(per_head(masks) & Prefix(120), 130, 130, **options).band is not None
+        agree(*both_paths(case, arrays, blocks=None))
+        both = lambda a: {"mask": seen, "local_window_size": (12, 3)}  # noqa: E731
+        assert choose_tiling(Window(13, 3), 130, 130, **options).band is not None
+        agree(*both_paths(both, arrays, blocks=None))
 
 
 def test_vmap_and_sharded_forms_agree():

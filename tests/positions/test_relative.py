@@ -153,9 +153,9 @@ def test_lrpe_module(kind):
     assert isinstance(module.theta, nnx.Param) and module.theta.axes == ("heads", "head_dim")
     y = module(x, np.arange(T))
     np.testing.assert_array_equal(y, apply_lrpe(x, np.arange(T), module.theta[...], kind=kind))
-    grad = nnx.grad(lambda m: (m(x, np.arange(T)) * jnp.arange(T, dtype=jnp.float32).reshape(1, -1, 1, 1)).sum())(
-        module
-    )
+    grad = nnx.grad(
+        lambda m: (m(x, np.arange(T)) * jnp.arange(T, dtype=jnp.float32).reshape(1, -1, 1, 1)).sum()
+    )(module)
     assert np.abs(grad.theta[...]).max() > 0
     fixed = LRPE(H, D, kind=kind, learned=False)
     assert not isinstance(fixed.theta, nnx.Param)
