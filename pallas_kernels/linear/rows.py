@@ -1,8 +1,9 @@
 """Runs a body on a few batch rows at a time.
 
 One scan step of the XLA body touches a chunk of every batch row. On a CPU the step should stay in
-cache: with many rows it is faster to walk a few rows to the end before the next few. Rows are taken
-with a stride, so that a batch that is sharded over devices stays where it is.
+cache: with many rows it is faster to walk a few rows to the end before the next few. Groups are
+neighboring rows, so that splitting and joining them moves nothing; a batch that is sharded over
+devices is not grouped.
 """
 
 from __future__ import annotations
@@ -65,22 +66,19 @@ def _over_groups(run: Callable, operands: Operands, *more: jax.Array, rows: int)
     groups = operands.query.shape[0] // rows
     shared = _shared(operands)
 
-    def group(x: jax.Array | None, g: jax.Array) -> jax.Array | None:
-        if x is None:
-            return None
-        return lax.dynamic_index_in_dim(
-            x.reshape(rows, groups, *x.shape[1:]), g, axis=1, keepdims=False
-        )
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(groups, rows, *x.shape[1:])
 
-    def one(g: jax.Array):
-        part: dict[str, Any] = {
-            n: x if n in shared else group(x, g) for n, x in operands._asdict().items()
-        }
-        return run(Operands(**part), *(group(x, g) for x in more))
+    whole = operands._asdict()
+    grouped = {n: split(x) for n, x in whole.items() if x is not None and n not in shared}
 
-    return lax.map(one, jnp.arange(groups))
+    def one(part: tuple[dict[str, jax.Array], list[jax.Array]]):
+        given: dict[str, Any] = whole | part[0]
+        return run(Operands(**given), *part[1])
+
+    return lax.map(one, (grouped, [split(x) for x in more]))
 
 
 def _merge(x: jax.Array) -> jax.Array:
-    """[groups, rows, ...] as [b, ...]; row r of group g is batch row r * groups + g."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    """[groups, rows, ...] as [b, ...]."""
+    return x.reshape(-1, *x.shape[2:])
