@@ -21,11 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 from attnjax import checks
 from attnjax.dense import dense_attention
 from attnjax.masks import Causal, Full, Lengths, Mask, Segments, Window
-from pallas_kernels.flash import flash_attention
-from pallas_kernels.flash.blocks import choose_tiling
+from pallas_kernels import dispatch
+from pallas_kernels.flash import FlashConfig, explain_flash, flash_attention, prepare
 from pallas_kernels.maskprogram import MaskProgram
 
-IMPLEMENTATIONS = ("dense", "block_sparse", "xla")
+KERNELS = dispatch.IMPLEMENTATIONS
+IMPLEMENTATIONS = ("dense", "block_sparse", *KERNELS)
 CAPTURES = ("scores", "weights")
 DENSE_SCORES = 1 << 16
 """Up to so many scores per head the dense path is chosen: it compiles faster and runs as fast."""
@@ -44,6 +45,8 @@ class Explanation:
       block_q, block_kv: tile sizes in tokens, None for the dense path.
       visited: share of all tiles that is visited (1.0 for dense), None where the mask is traced.
       unmasked: share of the visited tiles that need no mask, None likewise.
+      body: "xla", or the kernel that runs the block-sparse path: "tpu", "triton", "mosaic_gpu".
+      body_reason: why the XLA body runs where it does.
     """
 
     implementation: str
@@ -52,9 +55,15 @@ class Explanation:
     block_kv: int | None = None
     visited: float | None = None
     unmasked: float | None = None
+    body: str = "xla"
+    body_reason: str = ""
 
     def __str__(self) -> str:
         text = f"{self.implementation}: {self.reason}"
+        if self.implementation == "block_sparse":
+            text += f" Body: {self.body}" + (
+                f", because {self.body_reason}" if self.body_reason else "."
+            )
         if self.block_q is not None:
             text += f" Tiles of {self.block_q} queries x {self.block_kv} keys"
             if self.visited is not None:
@@ -108,6 +117,7 @@ def attention(
     capture: tuple[str, ...] = (),
     precision: Any = None,
     block_sizes: tuple[int, int] | None = None,
+    config: FlashConfig | None = None,
 ) -> Any:
     """Softmax attention with open stages; names and meanings as `jax.nn.dot_product_attention`.
 
@@ -128,7 +138,9 @@ def attention(
       query_seq_lengths, key_value_seq_lengths: [b] true lengths in tokens; what lies behind is
         padding, and padded queries give 0.
       local_window_size: tokens visible to the left and right of a query, an integer for both.
-      implementation: None chooses; "dense", "block_sparse", or "xla" for whichever XLA path fits.
+      implementation: None chooses; "dense"; "block_sparse" for the platform's kernel, or its XLA
+        body where the kernel lacks an option; "pallas" for the kernel alone; "xla" for whichever
+        XLA path fits; or a kernel by name, see `pallas_kernels.dispatch`.
       return_residual: also return lse.
       score_mod: `(score, b, h, q, k) -> score` on arrays that broadcast to the scores' shape; index
         arrays are absolute. Arrays it closes over get gradients.
@@ -145,6 +157,7 @@ def attention(
       capture: any of "scores", "weights"; needs the dense path.
       precision: of the matrix products.
       block_sizes: (queries, keys) of a tile, in tokens; None chooses by cost.
+      config: all choices of tiles, `pallas_kernels.flash.FlashConfig`, in place of `block_sizes`.
 
     Returns:
       Output [b, t, h, e] in the query's dtype; (output, lse [b, t, h]) with `return_residual`; and
@@ -165,7 +178,7 @@ def attention(
         sinks=sinks, softcap=softcap, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
         normalizer=normalizer, q_offset=q_offset, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, weight_edit=weight_edit, capture=capture, precision=precision,
-        block_sizes=block_sizes,
+        block_sizes=block_sizes, config=config,
     )  # fmt: skip
     captured: dict[str, jax.Array] = {}
     if call.implementation == "dense":
@@ -173,7 +186,7 @@ def attention(
     else:
         out, lse = flash_attention(
             call.query, call.key, call.value, mask=call.mask, mask_array=call.mask_array,
-            bias=call.bias, block_sizes=block_sizes, **call.options,
+            bias=call.bias, **call.options,
         )  # fmt: skip
     if call.query_lengths is not None:
         real = jnp.arange(out.shape[1])[None, :, None] < call.query_lengths[:, None, None]
@@ -188,44 +201,63 @@ def attention(
 
 
 def explain(
-    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    target: dispatch.Target | None = None,
+    **options: Any,
 ) -> Explanation:
     """Says which path `attention` takes for these arguments, and why; nothing is computed.
 
     Args:
       query, key, value, bias, mask: as for `attention`; `jax.ShapeDtypeStruct`s will do.
+      target: device to ask about, as `pallas_kernels.dispatch.Target("tpu", "TPU v5 lite")`; None is
+        the first device here.
       **options: the other arguments of `attention`.
 
     Returns:
       An `Explanation`; `print` it.
     """
     options.pop("return_residual", None)
+    at = target or _here()
     found: list[Explanation] = []
 
     def trace(query: Any, key: Any, value: Any, bias: Any) -> None:
-        found.append(
-            _explain(_prepare(query, key, value, bias, mask, **options), options.get("block_sizes"))
-        )
+        found.append(_explain(_prepare(query, key, value, bias, mask, **options), at))
 
     jax.eval_shape(trace, query, key, value, bias)
     return found[0]
 
 
-def _explain(call: _Call, block_sizes: tuple[int, int] | None) -> Explanation:
+def _explain(call: _Call, target: dispatch.Target) -> Explanation:
     if call.implementation == "dense":
         return Explanation("dense", call.reason, visited=1.0, unmasked=None)
-    tiling = choose_tiling(
-        call.mask, call.query.shape[1], call.key.shape[1], q_offset=call.options["q_offset"],
-        num_heads=call.query.shape[2], batch=call.query.shape[0], block_sizes=block_sizes,
+    found = explain_flash(
+        *prepare(
+            call.query, call.key, call.value, mask=call.mask, mask_array=call.mask_array,
+            bias=call.bias, **call.options,
+        ),
+        target,
     )  # fmt: skip
     visited = unmasked = None
-    if tiling.lists.is_static:
-        stats = tiling.lists.stats()
+    if found.lists is not None and found.lists.is_static:
+        stats = found.lists.stats()
         visited = stats["density"]
         unmasked = 0.0 if call.mask_array is not None else stats["full"] / max(stats["visited"], 1)
     return Explanation(
-        "block_sparse", call.reason, tiling.block_q, tiling.block_kv, visited, unmasked
-    )
+        "block_sparse", call.reason, found.block_q, found.block_kv, visited, unmasked, found.body,
+        found.reason,
+    )  # fmt: skip
+
+
+def _here() -> dispatch.Target:
+    """The device that a computation lands on by default."""
+    device = jax.devices()[0]
+    platform = "cuda" if device.platform == "gpu" else str(device.platform)
+    return dispatch.Target(platform, device.device_kind, 1, dispatch.capability_of(device))
 
 
 def _run_dense(call: _Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -258,7 +290,7 @@ def _prepare(
     sinks: Any = None, softcap: Any = None, segment_ids: Any = None, kv_segment_ids: Any = None,
     normalizer: Any = "softmax", q_offset: Any = 0, dropout_rate: float = 0.0,
     dropout_rng: Any = None, weight_edit: Any = None, capture: tuple[str, ...] = (),
-    precision: Any = None, block_sizes: Any = None,
+    precision: Any = None, block_sizes: Any = None, config: FlashConfig | None = None,
 ) -> _Call:  # fmt: skip
     """Checks every argument and decides the path."""
     if query.ndim == 3 and key.ndim == 3 and value.ndim == 3:
@@ -360,6 +392,11 @@ def _prepare(
         else None,
         "precision": precision,
     }
+    if choice != "dense":
+        options["config"] = config
+        if block_sizes is not None:
+            options["config"] = FlashConfig(int(block_sizes[0]), int(block_sizes[1]))
+        options["implementation"] = implementation if implementation in KERNELS else None
     return _Call(
         query, key, value, program, mask_array, bias, options,
         normalizer if callable(normalizer) else None, weight_edit, query_seq_lengths, choice,
@@ -370,13 +407,13 @@ def _prepare(
 def _choose(implementation: str | None, t: int, s: int, needs: dict[str, bool]) -> tuple[str, str]:
     """(path, reason)."""
     dense_only = [name for name, needed in needs.items() if needed]
-    if implementation == "block_sparse":
+    if implementation not in (None, "dense", "xla"):
         if dense_only:
             raise NotImplementedError(
-                "attention: implementation='block_sparse' has no weights for "
+                f"attention: implementation={implementation!r} has no weights for "
                 f"{', '.join(dense_only)}; use implementation='dense', or None to let it be chosen."
             )
-        return "block_sparse", "asked for by implementation='block_sparse'."
+        return "block_sparse", f"asked for by implementation={implementation!r}."
     if implementation == "dense":
         return "dense", "asked for by implementation='dense'."
     if dense_only:

@@ -53,6 +53,11 @@ class MaskProgram:
         return None
 
     @property
+    def shows_everything(self) -> bool:
+        """Whether the mask is known to hide nothing, so that it need not be evaluated."""
+        return False
+
+    @property
     def is_static(self) -> bool:
         """Whether every array of the mask has a value now, so that NumPy can classify tiles."""
         return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self))

@@ -36,6 +36,18 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], precision: Any = 
     )
 
 
+def softcap(scores: jax.Array, cap: float) -> jax.Array:
+    """Soft limit of scores: c tanh(s / c)."""
+    c = jnp.asarray(cap, scores.dtype)
+    return c * jnp.tanh(scores / c)
+
+
+def softcap_slope(scores: jax.Array, cap: float) -> jax.Array:
+    """Derivative of `softcap`: 1 - tanh(s / c)^2."""
+    t = jnp.tanh(scores / jnp.asarray(cap, scores.dtype))
+    return 1 - t * t
+
+
 def softmax_init(
     rows: int, width: int, dtype: Any, sink: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

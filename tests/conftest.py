@@ -2,8 +2,11 @@
 
 import os
 
-import jax
-import pytest
+# Compilers for other devices may be installed; they must not look for their hardware here.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

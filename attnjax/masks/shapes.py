@@ -13,6 +13,11 @@ from pallas_kernels.maskprogram import floor_div, floor_mod, mask_node, to_class
 class Full(Mask):
     """Every key is visible to every query."""
 
+    @property
+    def shows_everything(self) -> bool:
+        """It hides nothing."""
+        return True
+
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """True everywhere, in the shape of q."""
         return q == q

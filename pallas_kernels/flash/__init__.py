@@ -1,5 +1,6 @@
 """Block-sparse flash attention with a memory of O(T) in both directions."""
 
-from pallas_kernels.flash.attention import flash_attention
+from pallas_kernels.flash.attention import explain_flash, flash_attention, prepare
+from pallas_kernels.flash.spec import FlashConfig, FlashSpec
 
-__all__ = ["flash_attention"]
+__all__ = ["FlashConfig", "FlashSpec", "explain_flash", "flash_attention", "prepare"]

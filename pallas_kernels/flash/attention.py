@@ -6,30 +6,24 @@ no t x s array exists in either direction.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+import importlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tilemath
-from pallas_kernels.blocklist import BlockList, block_list_from_map
-from pallas_kernels.dispatch import platform_primitive
+from pallas_kernels.blocklist import BlockList
+from pallas_kernels.dispatch import Kernel, Operation, Target, check_implementation
 from pallas_kernels.flash import xla
-from pallas_kernels.flash.blocks import choose_tiling
-from pallas_kernels.flash.score import trace_score_mod
-from pallas_kernels.flash.spec import FlashSpec
-from pallas_kernels.maskprogram import PARTIAL, MaskProgram
+from pallas_kernels.flash.spec import FlashConfig, FlashSpec
+from pallas_kernels.maskprogram import MaskProgram
+from pallas_kernels.modtrace import evaluate_reads, trace_predicate, trace_score_mod
 
-LANES = 4
-"""Tiles that one step of the XLA body works on side by side, on CPUs of a few cores."""
-
-LANE_SCORES = 1 << 23
-"""Calls with fewer scores than this take one lane: they compile faster and are fast already."""
-
-LANE_TILE = 1 << 18
-"""Tiles with more scores than this keep every core busy by themselves, and take one lane."""
+Inputs = dict[str, Any]
 
 
 def flash_attention(
@@ -48,7 +42,8 @@ def flash_attention(
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
     precision: Any = None,
-    block_sizes: tuple[int, int] | None = None,
+    config: FlashConfig | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the listed tiles of a mask.
 
@@ -60,8 +55,8 @@ def flash_attention(
       mask: mask program; tiles it calls EMPTY are never visited.
       mask_array: booleans [b|1, h|1, t|1, s|1] on top of it, True = attend.
       bias: [b|1, h|1, t|1, s|1], added to the scores; has a gradient.
-      score_mod: `(score [m, n], b [], h [], q [m, 1], k [1, n]) -> score`; arrays it closes over
-        get gradients.
+      score_mod: `(score, b, h, q, k) -> score` on scalars, applied to every pair; arrays it closes
+        over get gradients.
       sinks: [h] logits of one more key with value 0; has a gradient.
       scale: factor of q·k.
       softcap: c in c tanh(s / c).
@@ -69,7 +64,8 @@ def flash_attention(
       dropout_rate, dropout_seed: probability of dropping a weight, and [2] uint32 to derive it
         from.
       precision: of the matrix products.
-      block_sizes: (block_q, block_kv) in tokens; None chooses by cost.
+      config: tile sizes and other choices of the body; None leaves them to it.
+      implementation: see `pallas_kernels.dispatch`.
 
     Returns:
       o [b, t, h, e] in the query's dtype, and lse [b, t, h] in float32 (float64 for float64), -inf
@@ -77,73 +73,97 @@ def flash_attention(
 
     Memory: O(t + s) beyond the inputs.
     """
+    inputs, others, spec = prepare(
+        query, key, value, mask=mask, mask_array=mask_array, bias=bias, score_mod=score_mod,
+        sinks=sinks, scale=scale, softcap=softcap, q_offset=q_offset, dropout_rate=dropout_rate,
+        dropout_seed=dropout_seed, precision=precision, config=config,
+        implementation=implementation,
+    )  # fmt: skip
+    return _flash(inputs, others, spec)
+
+
+def prepare(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: MaskProgram,
+    scale: float,
+    mask_array: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    score_mod: Any = None,
+    sinks: jax.Array | None = None,
+    softcap: float | None = None,
+    q_offset: Any = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    precision: Any = None,
+    config: FlashConfig | None = None,
+    implementation: str | None = None,
+) -> tuple[Inputs, Inputs, FlashSpec]:
+    """(differentiable operands, other operands, static description) of a call."""
+    check_implementation("flash_attention", implementation)
     b, t, h, _ = query.shape
-    s = key.shape[1]
-    if isinstance(q_offset, (int, np.integer)):
-        q_offset = int(q_offset)
-    tiling = choose_tiling(
-        mask, t, s, q_offset=q_offset, num_heads=h, batch=b, block_sizes=block_sizes
-    )
-    lists, span = tiling.lists, tiling.span
-    if mask_array is not None:
-        lists = _all_partial(lists)
-    full, partial = (
-        np.asarray(x) if lists.is_static else None for x in (lists.full_count, lists.partial_count)
-    )
-    max_blocks = lists.num_kv_blocks
-    if full is not None and partial is not None:
-        max_blocks = max(1, int((full + partial).max(initial=0)))
-    mod, consts = None, []
+    sizes = {"batch": b, "heads": h, "q_len": t, "kv_len": key.shape[1]}
+    fixed = int(q_offset) if isinstance(q_offset, (int, np.integer)) else None
+    offset = jnp.asarray(q_offset, jnp.int32).reshape(-1)
+    known = not any(isinstance(x, jax.Array) for x in jax.tree.leaves(mask))
+    predicate, mask_reads = None, []
+    if not mask.shows_everything:
+        predicate, tables = trace_predicate(mask)
+        mask_reads = evaluate_reads(predicate, tables, q_offset=offset, **sizes)
+    program, score_reads = None, []
     if score_mod is not None:
-        dtype = tilemath.accumulator_dtype(query.dtype)
-        mod, consts = trace_score_mod(score_mod, tiling.block_q, span, dtype)
+        program, tables = trace_score_mod(score_mod, tilemath.accumulator_dtype(query.dtype))
+        score_reads = evaluate_reads(program, tables, q_offset=offset, **sizes)
     spec = FlashSpec(
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
-        score_mod=mod,
         dropout_rate=float(dropout_rate),
         precision=precision,
-        block_q=tiling.block_q,
-        block_kv=tiling.block_kv,
-        span=span,
-        any_full=tiling.band is None and (full is None or bool(full.any())),
-        any_partial=tiling.band is not None or partial is None or bool(partial.any()),
-        max_blocks=max_blocks,
-        lanes=_lanes(b * h * t * max_blocks * tiling.block_kv, tiling.block_q * span),
+        mask=mask if known else None,
+        q_offset=fixed,
+        predicate=predicate,
+        score_mod=program,
+        config=config or FlashConfig(),
+        implementation=implementation,
     )
-    floats = tuple(bool(jnp.issubdtype(c.dtype, jnp.floating)) for c in consts)
     inputs = {
         "query": query,
         "key": key,
         "value": value,
         "bias": bias,
         "sinks": sinks,
-        "mod_floats": [c for c, f in zip(consts, floats, strict=True) if f],
+        "score_reads": score_reads,
     }
     others = {
-        "lists": lists,
-        "band": tiling.band,
-        "mask": mask,
+        "mask": None if known else mask,
         "mask_array": mask_array,
         "seed": dropout_seed,
-        "q_offset": jnp.asarray(q_offset, jnp.int32).reshape(-1),
-        "mod_others": [c for c, f in zip(consts, floats, strict=True) if not f],
+        "q_offset": offset,
+        "mask_reads": mask_reads,
     }
-    others = jax.tree.map(jnp.asarray, others)
-    return _flash(inputs, others, (spec, floats))
+    return inputs, jax.tree.map(jnp.asarray, others), spec
 
 
-def _lanes(scores: int, tile: int) -> int:
-    return LANES if scores >= LANE_SCORES and tile <= LANE_TILE else 1
+class Explained(NamedTuple):
+    """What runs: the body, why not the platform's kernel, and the tiles of the XLA body."""
+
+    body: str
+    reason: str
+    block_q: int | None
+    block_kv: int | None
+    lists: BlockList | None
 
 
-def _all_partial(lists: BlockList) -> BlockList:
-    """The same tiles, all with a mask: an array mask may hide anything inside a FULL tile."""
-    classes = lists.class_map()
-    capped = (np if lists.is_static else jnp).minimum(classes, PARTIAL)
-    return block_list_from_map(
-        capped, lists.q_len, lists.kv_len, block_q=lists.block_q, block_kv=lists.block_kv
-    )
+def explain_flash(inputs: Inputs, others: Inputs, spec: FlashSpec, target: Target) -> Explained:
+    """Which body a call prepared by `prepare` takes on a target, and why."""
+    operands = {**inputs, **others}
+    body, reason = _forward.why_not(operands, spec, target)
+    if body != "xla":
+        return Explained(body, reason, None, None, None)
+    _, tiling, _ = xla.plan(operands, spec)
+    return Explained(body, reason, tiling.block_q, tiling.block_kv, tiling.lists)
 
 
 def _shapes_forward(operands: Any, spec: FlashSpec) -> Any:
@@ -162,56 +182,140 @@ def _shapes_backward(operands: Any, spec: FlashSpec) -> Any:
     out = {name: like(operands[name]) for name in ("query", "key", "value")}
     if operands["bias"] is not None:
         out["bias"] = like(operands["bias"])
-    floats = [c for c in operands["mod_consts"] if jnp.issubdtype(c.dtype, jnp.floating)]
-    out["mod_consts"] = [like(c, dtype) for c in floats]
+    programs = () if spec.score_mod is None else spec.score_mod.reads
+
+    def floating(x: Any) -> Any:
+        return like(x, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else None
+
+    out["score_reads"] = [
+        jax.tree.map(floating, x) if read.is_float else None
+        for read, x in zip(programs, operands["score_reads"], strict=True)
+    ]
     return out
 
 
-_forward = platform_primitive("attn_fwd", {"default": xla.forward}, _shapes_forward)
-_backward = platform_primitive("attn_bwd", {"default": xla.backward}, _shapes_backward)
+def _fold(operands: Any, dims: Any, spec: FlashSpec) -> Any:
+    """Makes the axis that `jax.vmap` maps over part of the batch axis, where rows stay apart."""
+    programs = [p for p in (spec.predicate, spec.score_mod) if p is not None]
+    if spec.dropout_rate or any(p.uses_row or "pair" in p.kinds for p in programs):
+        return None
+    if spec.folds or (spec.mask is not None and spec.mask.batch_size is not None):
+        return None
+    if operands["sinks"] is not None and dims["sinks"] >= 0:
+        return None
+    pairs = zip(jax.tree.leaves(operands), jax.tree.leaves(dims), strict=True)
+    n = next(x.shape[d] for x, d in pairs if d >= 0)
+    at = dims["query"]
+    b = operands["query"].shape[1 if at == 0 else 0]
+    backward = "d_out" in operands
+
+    def join(x: jax.Array, dim: int, apart: bool) -> jax.Array:
+        """[n, rows, ...] or [rows, ...] with rows 1 or b, to [1 or n b, ...]."""
+        if dim < 0 and x.shape[0] == 1 and b > 1 and not apart:
+            return x
+        x = x[None] if dim < 0 else jnp.moveaxis(x, dim, 0)
+        x = jnp.broadcast_to(x, (n, b, *x.shape[2:]))
+        return x.reshape(n * b, *x.shape[2:])
+
+    def stack(x: jax.Array, dim: int) -> jax.Array:
+        return jnp.broadcast_to(x, (n, *x.shape)) if dim < 0 else jnp.moveaxis(x, dim, 0)
+
+    def rows(x: jax.Array, dim: int) -> int:
+        return x.shape[1 if dim == 0 else 0]
+
+    summed = ("bias", "score_reads") if backward else ()
+    kept = ("sinks", "seed", "mask")
+    folded = {
+        name: value
+        if name in kept
+        else jax.tree.map(functools.partial(join, apart=name in summed), value, dims[name])
+        for name, value in operands.items()
+    }
+    folded["mask"] = jax.tree.map(stack, operands["mask"], dims["mask"])
+
+    def unfold(results: Any) -> Any:
+        def apart(x: jax.Array) -> jax.Array:
+            return x.reshape(n, b, *x.shape[1:])
+
+        if not backward:
+            return jax.tree.map(apart, results)
+        out = {name: jax.tree.map(apart, x) for name, x in results.items()}
+        for name in summed:  # rows that shared an operand share its gradient
+
+            def shared(given: Any, dim: Any, grad: Any) -> Any:
+                return grad if rows(given, dim) == b else grad.sum(1, keepdims=True)
+
+            if name == "bias" and "bias" in out:
+                out["bias"] = shared(operands["bias"], dims["bias"], out["bias"])
+            if name == "score_reads":
+                given = zip(operands[name], dims[name], out[name], strict=True)
+                out[name] = [None if g is None else shared(x, d, g) for x, d, g in given]
+        return out
+
+    folds = n if operands["mask"] is not None else 0
+    return folded, dataclasses.replace(spec, folds=folds), unfold
 
 
-def _operands(inputs: Any, others: Any, floats: tuple[bool, ...]) -> dict[str, Any]:
-    sources = {True: iter(inputs["mod_floats"]), False: iter(others["mod_others"])}
+def _kernels(direction: str) -> dict[str, Kernel]:
+    """Kernels of one direction; their modules are imported when they are lowered."""
+
+    def body(module: str) -> Any:
+        def run(operands: Any, spec: FlashSpec, target: Any) -> Any:
+            found = importlib.import_module(f"pallas_kernels.flash.{module}")
+            return getattr(found, direction)(operands, spec, target)
+
+        return run
+
     return {
-        **{n: inputs[n] for n in ("query", "key", "value", "bias", "sinks")},
-        **{n: others[n] for n in ("lists", "band", "mask", "mask_array", "seed", "q_offset")},
-        "mod_consts": [next(sources[f]) for f in floats],
+        "tpu": Kernel("tpu", body("tpu"), interpreted_by="interpret"),
+        "triton": Kernel("cuda", body("triton"), interpreted_by="interpret_triton"),
+        "mosaic_gpu": Kernel("cuda", body("mosaic_gpu"), default=False),
     }
 
 
+_forward = Operation("attn_fwd", xla.forward, _shapes_forward, _kernels("forward"), fold=_fold)
+_backward = Operation("attn_bwd", xla.backward, _shapes_backward, _kernels("backward"), fold=_fold)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _flash(inputs: Any, others: Any, static: Any) -> tuple[jax.Array, jax.Array]:
-    spec, floats = static
-    return _forward(_operands(inputs, others, floats), spec)
+def _flash(inputs: Inputs, others: Inputs, spec: FlashSpec) -> tuple[jax.Array, jax.Array]:
+    return _forward({**inputs, **others}, spec)
 
 
-def _flash_fwd(inputs: Any, others: Any, static: Any) -> Any:
-    results: Any = _flash(inputs, others, static)
+def _flash_fwd(inputs: Inputs, others: Inputs, spec: FlashSpec) -> Any:
+    results: Any = _flash(inputs, others, spec)
     return results, (inputs, others, *results)
 
 
-def _flash_bwd(static: Any, saved: Any, cotangents: Any) -> Any:
-    spec, floats = static
+def _flash_bwd(spec: FlashSpec, saved: Any, cotangents: Any) -> Any:
     inputs, others, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
-    operands = _operands(inputs, others, floats)
     grads = _backward(
-        {**operands, "d_out": d_out.astype(out.dtype), "lse": lse, "delta": delta}, spec
+        {**inputs, **others, "d_out": d_out.astype(out.dtype), "lse": lse, "delta": delta}, spec
     )
-    consts = zip(grads["mod_consts"], inputs["mod_floats"], strict=True)
     result = {
-        **{n: grads[n] for n in ("query", "key", "value")},
+        **{n: grads[n] for n in ("query", "key", "value", "score_reads")},
         "bias": grads.get("bias"),
         "sinks": None,
-        "mod_floats": [g.astype(c.dtype) for g, c in consts],
     }
     if inputs["sinks"] is not None:
         sinks = inputs["sinks"]
         p = jnp.exp(sinks.astype(lse.dtype).reshape(1, 1, -1) - lse)
         result["sinks"] = -jnp.sum(p * delta, axis=(0, 1)).astype(sinks.dtype)
+    result["score_reads"] = [
+        _cotangents(g, x) for g, x in zip(grads["score_reads"], inputs["score_reads"], strict=True)
+    ]
     return result, None
+
+
+def _cotangents(grads: Any, reads: Any) -> Any:
+    """Gradients in the types of the read arrays; integers have none."""
+    if grads is None:
+        return None
+    if not isinstance(reads, list):
+        return grads.astype(reads.dtype)
+    return [None if g is None else g.astype(x.dtype) for g, x in zip(grads, reads, strict=True)]
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.blocklist import BlockList, block_list
-from pallas_kernels.maskprogram import MaskProgram
+from pallas_kernels.blocklist import BlockList
+from pallas_kernels.flash.spec import FlashSpec
 
 QUERY_BLOCKS = (128, 256, 512, 1024, 2048)
 KEY_BLOCKS = (128, 256, 512)
@@ -43,43 +44,53 @@ class Tiling(NamedTuple):
     band: np.ndarray | None = None
 
 
+class Steps(NamedTuple):
+    """How the XLA body walks a call; `spec` is the call's own description.
+
+    Attributes:
+      block_q, block_kv: tile sizes of the block lists, in tokens.
+      span: keys that one step takes, in tokens: block_kv, or the width of a band.
+      any_full, any_partial: whether the lists may hold FULL and PARTIAL tiles.
+      lanes: most tiles that one step works on side by side.
+    """
+
+    spec: FlashSpec
+    block_q: int
+    block_kv: int
+    span: int
+    any_full: bool
+    any_partial: bool
+    lanes: int
+
+
 def choose_tiling(
-    mask: MaskProgram,
+    lists: Callable[[int, int], BlockList],
     q_len: int,
     kv_len: int,
     *,
-    q_offset: Any,
-    num_heads: int,
-    batch: int,
+    static: bool,
+    copies: int = 1,
     block_sizes: tuple[int, int] | None = None,
 ) -> Tiling:
     """The tile sizes of least estimated cost, with their block list.
 
     Args:
-      mask: any mask program; one with traced arrays gets fixed sizes, since nothing is known yet.
+      lists: `(block_q, block_kv) -> BlockList`.
       q_len, kv_len: in tokens.
-      q_offset: absolute index of the first query.
-      num_heads, batch: checked against the mask.
+      static: whether the lists have values now; otherwise the sizes are fixed, since nothing is
+        known yet.
+      copies: rows and heads that the lists tell apart.
       block_sizes: (block_q, block_kv) to use instead.
     """
-
-    def lists(block_q: int, block_kv: int) -> BlockList:
-        return block_list(
-            mask, q_len, kv_len, block_q=block_q, block_kv=block_kv, q_offset=q_offset,
-            num_heads=num_heads, batch=batch,
-        )  # fmt: skip
-
     if block_sizes is not None:
         return Tiling(*block_sizes, lists(*block_sizes), block_sizes[1])
     sizes = [
         (bq, bk) for bq in _fitting(QUERY_BLOCKS, q_len) for bk in _fitting(KEY_BLOCKS, kv_len)
     ]
-    static = mask.is_static and isinstance(q_offset, (int, np.integer, np.ndarray))
     if not static:
         bq, bk = min(sizes, key=lambda s: abs(s[0] - 256) + abs(s[1] - 256))
         return Tiling(bq, bk, lists(bq, bk), bk)
     # per-head and per-row masks multiply the tiles: search on coarse candidates only
-    copies = (mask.num_heads or 1) * (mask.batch_size or 1)
     affordable = [s for s in sizes if _tiles(q_len, kv_len, s) * copies <= SEARCH_TILES]
     best, best_cost = None, float("inf")
     for bq, bk in affordable or sizes[-1:]:

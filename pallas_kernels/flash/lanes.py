@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import tilemath
+from pallas_kernels.flash.blocks import Tiling
 from pallas_kernels.flash.spec import FlashSpec
 
 Operands = dict[str, Any]
@@ -96,8 +98,8 @@ class Cut(NamedTuple):
     q is a list over lanes of [members, blocks, block, d], k and v of [members, s padded, d]; before
     they are spread over lanes they are one array each, with [b, h] in place of members. starts
     [nb, nh, nq, width] lists the first keys of FULL blocks and then of PARTIAL ones; full and total
-    [nb, nh, nq] count them. `rest` holds "mask", "mask_array", "bias", "sinks", "seed", "q_offset"
-    and "mod_consts".
+    [nb, nh, nq] count them. `rest` holds "mask_array", "bias", "sinks", "seed", "q_offset",
+    "mask_reads" and "score_reads".
     """
 
     q: Any
@@ -109,11 +111,12 @@ class Cut(NamedTuple):
     rest: Operands
 
 
-def blocks(x: jax.Array, block: int) -> jax.Array:
-    """[b, t, h, d] -> [b, h, blocks, block, d], zeros behind the end."""
+def blocks(x: jax.Array, block: int, fill: float = 0.0) -> jax.Array:
+    """[b, t, h, d] -> [b, h, blocks, block, d], `fill` behind the end."""
     b, t, h, d = x.shape
     n = -(-t // block)
-    x = jnp.pad(x, ((0, 0), (0, n * block - t), (0, 0), (0, 0)))
+    pads = ((0, 0), (0, n * block - t), (0, 0), (0, 0))
+    x = jnp.pad(x, pads, constant_values=np.asarray(fill, x.dtype))
     return x.transpose(0, 2, 1, 3).reshape(b, h, n, block, d)
 
 
@@ -123,12 +126,17 @@ def unblocks(x: jax.Array, t: int) -> jax.Array:
     return x.reshape(b, h, -1, d)[:, :, :t].transpose(0, 2, 1, 3)
 
 
-def merged_lists(operands: Operands, spec: FlashSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(starts, full, total) of `Cut` from a block list; of a band, one masked entry per row."""
-    lists, band = operands["lists"], operands["band"]
+def merged_lists(tiling: Tiling, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(starts, full, total) of `Cut` from a block list; of a band, one masked entry per row.
+
+    Args:
+      tiling: lists and band.
+      width: largest number of listed blocks in a row.
+    """
+    lists, band = jax.tree.map(jnp.asarray, tiling.lists), tiling.band
     if band is not None:
+        band = jnp.asarray(band)
         return band[..., None], jnp.zeros_like(band), jnp.ones_like(band)
-    width = spec.max_blocks
     place = jnp.arange(width, dtype=jnp.int32).reshape(1, 1, 1, -1)
     full, partial = lists.full_count[..., None], lists.partial_count[..., None]
     at_full = jnp.minimum(place, lists.full_cols.shape[-1] - 1)
@@ -139,7 +147,7 @@ def merged_lists(operands: Operands, spec: FlashSpec) -> tuple[jax.Array, jax.Ar
         jnp.take_along_axis(lists.full_cols, jnp.broadcast_to(at_full, shape), axis=-1),
         jnp.take_along_axis(lists.partial_cols, at_partial, axis=-1),
     )
-    return cols * spec.block_kv, full[..., 0], (full + partial)[..., 0]
+    return cols * tiling.block_kv, full[..., 0], (full + partial)[..., 0]
 
 
 def flat_blocks(x: jax.Array, block: int) -> jax.Array:
@@ -155,15 +163,38 @@ def prescaled(query: jax.Array, scale: float) -> jax.Array:
     return query * jnp.asarray(scale, query.dtype)
 
 
-def padded_rest(operands: Operands, spec: FlashSpec) -> Operands:
-    """What is not cut into blocks; bias and mask arrays padded to whole blocks."""
-    names = ("mask", "sinks", "seed", "q_offset", "mod_consts")
-    rest = {name: operands[name] for name in names}
+def padded_rest(operands: Operands, spec: FlashSpec, block_q: int, block_kv: int) -> Operands:
+    """What is not cut into blocks; arrays over queries and keys are padded to whole blocks."""
+    rest = {name: operands[name] for name in ("sinks", "seed", "q_offset")}
     for name in ("bias", "mask_array"):
         x = operands[name]
         if x is not None:
-            sizes = zip(x.shape[2:], (spec.block_q, spec.block_kv), strict=True)
+            sizes = zip(x.shape[2:], (block_q, block_kv), strict=True)
             pads = [(0, -n % block if n > 1 else 0) for n, block in sizes]
             x = jnp.pad(x, ((0, 0), (0, 0), *pads))
         rest[name] = x
+    more_q = -operands["query"].shape[1] % block_q
+    more_kv = -operands["key"].shape[1] % block_kv
+    pads = {"query": (0, more_q), "key": (0, more_kv), "offset": (more_kv, more_q)}
+    programs = {"mask_reads": spec.predicate, "score_reads": spec.score_mod}
+    for name, program in programs.items():
+        kinds = () if program is None else program.kinds
+        rest[name] = [
+            jnp.pad(x, ((0, 0), (0, 0), pads[kind])) if kind in pads else x
+            for kind, x in zip(kinds, operands[name], strict=True)
+        ]
     return rest
+
+
+def unpad_read(x: Any, like: Any) -> Any:
+    """A padded read's gradient cut back to the read; `like` gives kind and sizes.
+
+    Args:
+      x: gradient of what `padded_rest` made.
+      like: (kind, read, padding of keys), the padding for "offset" reads alone.
+    """
+    kind, read, before = like
+    if kind not in ("query", "key", "offset"):
+        return x
+    start = before if kind == "offset" else 0
+    return x[..., start : start + read.shape[-1]]

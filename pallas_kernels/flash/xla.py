@@ -16,35 +16,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import tilemath
+from pallas_kernels.dispatch import Target
 from pallas_kernels.flash import lanes, tiles
+from pallas_kernels.flash.blocks import Steps, Tiling, choose_tiling
 from pallas_kernels.flash.lanes import Cut, Layout, Operands
+from pallas_kernels.flash.lists import make_lists
 from pallas_kernels.flash.spec import FlashSpec
 
+LANES = 4
+"""Tiles that one step works on side by side, on CPUs of a few cores."""
 
-def forward(operands: Operands, spec: FlashSpec, num_devices: int) -> tuple[jax.Array, jax.Array]:
+LANE_SCORES = 1 << 23
+"""Calls with fewer scores than this take one lane: they compile faster and are fast already."""
+
+LANE_TILE = 1 << 18
+"""Tiles with more scores than this keep every core busy by themselves, and take one lane."""
+
+
+def forward(operands: Operands, spec: FlashSpec, target: Target) -> tuple[jax.Array, jax.Array]:
     """Output [b, t, h, e] and natural-log lse [b, t, h]."""
     b, t, h, _ = operands["query"].shape
     g = operands["value"].shape[2]
-    cut, _, sizes = _cut(operands, spec)
-    if num_devices == 1:
-        layout = lanes.choose_layout(b, h, g, *sizes, spec.lanes)
-        o, lse = _forward_lanes(_split(cut, layout), layout, spec, operands["value"].shape[1])
+    steps, tiling, width = plan(operands, spec)
+    cut, _, sizes = _cut(operands, steps, tiling, width)
+    if target.num_devices == 1:
+        layout = lanes.choose_layout(b, h, g, *sizes, steps.lanes)
+        o, lse = _forward_lanes(_split(cut, layout), layout, steps, operands["value"].shape[1])
         o, lse = layout.join(o, h), layout.join(lse, h)
     else:
 
         def one(cut: Cut, extra: Any, layout: Layout) -> Any:
-            o, lse = _forward_lanes(cut, layout, spec, operands["value"].shape[1])
+            o, lse = _forward_lanes(cut, layout, steps, operands["value"].shape[1])
             return o[0][0], lse[0][0]
 
         o, lse = _vectorized(one, cut, (), b, h, g)
     return lanes.unblocks(o, t).astype(operands["query"].dtype), lanes.unblocks(lse, t)[..., 0]
 
 
-def backward(operands: Operands, spec: FlashSpec, num_devices: int) -> dict[str, Any]:
-    """Gradients for "query", "key", "value" and "mod_consts", and for "bias" where there is one.
+def backward(operands: Operands, spec: FlashSpec, target: Target) -> dict[str, Any]:
+    """Gradients for "query", "key", "value" and "score_reads", and "bias" where there is one.
 
     Operands are those of `forward` with the cotangent "d_out" [b, t, h, e], "lse" and "delta"
     [b, t, h] = rowsum(out * d_out) - d_lse.
@@ -52,29 +66,30 @@ def backward(operands: Operands, spec: FlashSpec, num_devices: int) -> dict[str,
     query, key, value = operands["query"], operands["key"], operands["value"]
     b, t, h, _ = query.shape
     s, g = value.shape[1:3]
-    cut, extra, sizes = _cut(operands, spec)
-    if num_devices == 1:
-        layout = lanes.choose_layout(b, h, g, *sizes, spec.lanes)
+    steps, tiling, width = plan(operands, spec)
+    cut, extra, sizes = _cut(operands, steps, tiling, width)
+    if target.num_devices == 1:
+        layout = lanes.choose_layout(b, h, g, *sizes, steps.lanes)
         split_extra = [layout.split(x) for x in extra]
-        dq, dk, dv, dbias, dconsts = _backward_lanes(
-            _split(cut, layout), split_extra, layout, spec, s
+        dq, dk, dv, dbias, dreads = _backward_lanes(
+            _split(cut, layout), split_extra, layout, steps, s
         )
         dq, dk, dv = layout.join(dq, h), layout.join(dk, g), layout.join(dv, g)
     else:
 
         def one(cut: Cut, extra: Any, layout: Layout) -> Any:
-            dq, dk, dv, *sums = _backward_lanes(cut, extra, layout, spec, s)
+            dq, dk, dv, *sums = _backward_lanes(cut, extra, layout, steps, s)
             return dq[0][0], dk[0][0], dv[0][0], *sums
 
         dq, dk, dv, *sums = _vectorized(one, cut, extra, b, h, g)
         dk, dv = (x.reshape(b, g, h // g, *x.shape[2:]).sum(2) for x in (dk, dv))
-        dbias, dconsts = jax.tree.map(lambda x: x.sum((0, 1)), tuple(sums))
+        dbias, dreads = jax.tree.map(lambda x: x.sum((0, 1)), tuple(sums))
     dq = lanes.unblocks(dq, t) * jnp.asarray(spec.scale, dq.dtype)
     out: dict[str, Any] = {
         "query": dq.astype(query.dtype),
         "key": lanes.unblocks(dk, s).astype(key.dtype),
         "value": lanes.unblocks(dv, s).astype(value.dtype),
-        "mod_consts": dconsts,
+        "score_reads": _unpadded(dreads, operands, spec, cut.k.shape[2] - s),
     }
     if dbias is not None:
         bias = operands["bias"]
@@ -82,23 +97,75 @@ def backward(operands: Operands, spec: FlashSpec, num_devices: int) -> dict[str,
     return out
 
 
-def _cut(operands: Operands, spec: FlashSpec) -> tuple[Any, tuple[jax.Array, ...], tuple[int, int]]:
+def plan(operands: Operands, spec: FlashSpec) -> tuple[Steps, Tiling, int]:
+    """Tile sizes and block lists of a call, and the largest number of listed blocks in a row."""
+    b, t, h, _ = operands["query"].shape
+    s = operands["key"].shape[1]
+    config = spec.config
+    given = (config.block_q or config.block_kv, config.block_kv or config.block_q)
+    mask = spec.mask
+    tiling = choose_tiling(
+        lambda bq, bk: make_lists(operands, spec, bq, bk),
+        t,
+        s,
+        static=mask is not None and spec.q_offset is not None,
+        copies=1 if mask is None else (mask.num_heads or 1) * (mask.batch_size or 1),
+        block_sizes=None if given[0] is None or given[1] is None else (given[0], given[1]),
+    )
+    full = partial = None
+    width = tiling.lists.num_kv_blocks
+    if tiling.lists.is_static:
+        full, partial = (
+            np.asarray(getattr(tiling.lists, f"{x}_count")) for x in ("full", "partial")
+        )
+        width = max(1, int((full + partial).max(initial=0)))
+    band = tiling.band is not None
+    tile = tiling.block_q * tiling.span
+    many = b * h * t * width * tiling.block_kv >= LANE_SCORES and tile <= LANE_TILE
+    steps = Steps(
+        spec,
+        tiling.block_q,
+        tiling.block_kv,
+        tiling.span,
+        any_full=not band and (full is None or bool(full.any())),
+        any_partial=band or partial is None or bool(partial.any()),
+        lanes=LANES if many else 1,
+    )
+    return steps, tiling, width
+
+
+def _cut(
+    operands: Operands, steps: Steps, tiling: Tiling, width: int
+) -> tuple[Any, tuple[jax.Array, ...], tuple[int, int]]:
     """Operands in blocks [b, h, blocks, block, d], the backward's extra ones, and (nb, nh)."""
-    starts, full, total = lanes.merged_lists(operands, spec)
+    starts, full, total = lanes.merged_lists(tiling, width)
+    spec, block_q, block_kv = steps.spec, steps.block_q, steps.block_kv
     cut = Cut(
-        lanes.blocks(lanes.prescaled(operands["query"], spec.scale), spec.block_q),
-        lanes.flat_blocks(operands["key"], spec.block_kv),
-        lanes.flat_blocks(operands["value"], spec.block_kv),
+        lanes.blocks(lanes.prescaled(operands["query"], spec.scale), block_q),
+        lanes.flat_blocks(operands["key"], block_kv),
+        lanes.flat_blocks(operands["value"], block_kv),
         starts,
         full,
         total,
-        lanes.padded_rest(operands, spec),
+        lanes.padded_rest(operands, spec, block_q, block_kv),
     )
     extra = ()
     if "d_out" in operands:
-        statistics = (operands["lse"][..., None], operands["delta"][..., None])
-        extra = tuple(lanes.blocks(x, spec.block_q) for x in (operands["d_out"], *statistics))
+        # an lse of +inf gives the rows behind the end no probability, whatever their scores are
+        lse = lanes.blocks(operands["lse"][..., None], block_q, fill=np.inf)
+        others = (operands["d_out"], operands["delta"][..., None])
+        d_out, delta = (lanes.blocks(x, block_q) for x in others)
+        extra = (d_out, lse, delta)
     return cut, extra, (total.shape[0], total.shape[1])
+
+
+def _unpadded(dreads: list[Any], operands: Operands, spec: FlashSpec, before: int) -> list[Any]:
+    kinds = () if spec.score_mod is None else spec.score_mod.kinds
+    reads = zip(kinds, operands["score_reads"], strict=True)
+    return [
+        None if total is None else lanes.unpad_read(total, (kind, read, before))
+        for (kind, read), total in zip(reads, dreads, strict=True)
+    ]
 
 
 def _split(cut: Cut, layout: Layout) -> Cut:
@@ -129,13 +196,14 @@ def _vectorized(one: Any, cut: Any, extra: tuple[jax.Array, ...], b: int, h: int
 
 
 def _forward_lanes(
-    cut: Cut, layout: Layout, spec: FlashSpec, kv_len: int
+    cut: Cut, layout: Layout, steps: Steps, kv_len: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Per lane: output [members, nq, bq, e] and lse [members, nq, bq, 1]."""
     _, nq, bq, _ = cut.q[0].shape
     width = cut.v[0].shape[-1]
     dtype = tilemath.accumulator_dtype(cut.q[0].dtype)
-    shared = tiles.mask_is_shared(cut)
+    shared = tiles.mask_is_shared(cut, steps)
+    precision = steps.spec.precision
 
     def block(step: Any, outputs: Any) -> Any:
         step = step.astype(jnp.int32)  # int64 under x64 where the loop's length is static
@@ -147,17 +215,13 @@ def _forward_lanes(
             keep, updated = None, []
             for lane, (m, q) in enumerate(zip(members, queries, strict=True)):
                 if masked and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, start, kv_len, False)
-                k = tiles.keys_at(cut.k[lane], m.kv_place, start, spec.span)
-                v = tiles.keys_at(cut.v[lane], m.kv_place, start, spec.span)
-                stages = tiles.score_stages(cut, spec, m, i, start, False)
-                bias = tiles.bias_tile(cut, spec, m, i, start, False)
-                raw = tiles.raw_scores(spec, q, k, False)
-                scores = tiles.hide(stages(raw, bias, cut.rest["mod_consts"]), keep)
-                drop = tiles.dropout(cut, spec, m, i, start, False)
-                updated.append(
-                    tilemath.softmax_update(carry[lane], scores, v, drop, spec.precision)
-                )
+                    keep = tiles.visible(cut, steps, m, i, start, kv_len, False)
+                k = tiles.keys_at(cut.k[lane], m.kv_place, start, steps.span)
+                v = tiles.keys_at(cut.v[lane], m.kv_place, start, steps.span)
+                stages = tiles.Scores(cut, steps, m, i, start, False)
+                scores = tiles.hide(stages(tiles.raw_scores(steps, q, k, False)), keep)
+                drop = tiles.dropout(cut, steps, m, i, start, False)
+                updated.append(tilemath.softmax_update(carry[lane], scores, v, drop, precision))
             return updated
 
         sinks = cut.rest["sinks"]
@@ -165,7 +229,7 @@ def _forward_lanes(
             tilemath.softmax_init(bq, width, dtype, None if sinks is None else sinks[m.h])
             for m in members
         ]
-        finished = tiles.walk(cut, spec, members[0], i, tile, begin)
+        finished = tiles.walk(cut, steps, members[0], i, tile, begin)
         out = []
         for (o, lse), m, carry in zip(outputs, members, finished, strict=True):
             results = tilemath.softmax_finish(carry)
@@ -187,19 +251,18 @@ def _forward_lanes(
 
 
 def _backward_lanes(
-    cut: Cut, extra: Any, layout: Layout, spec: FlashSpec, kv_len: int
+    cut: Cut, extra: Any, layout: Layout, steps: Steps, kv_len: int
 ) -> tuple[Any, ...]:
-    """Per lane dq, dk, dv in blocks; then the sums dbias and dconsts over all members.
+    """Per lane dq, dk, dv in blocks; then the sums dbias and dreads over all members.
 
     Scores are held transposed, [keys, queries]: dk = ds q and dv = p do are then plain products,
     and dq is gathered as its transpose.
     """
     nq = cut.q[0].shape[1]
     dtype = tilemath.accumulator_dtype(cut.q[0].dtype)
-    consts = cut.rest["mod_consts"]
-    is_float = [jnp.issubdtype(c.dtype, jnp.floating) for c in consts]
-    plain = spec.softcap is None and spec.score_mod is None and cut.rest["bias"] is None
-    shared = tiles.mask_is_shared(cut)
+    spec, bias, reads = steps.spec, cut.rest["bias"], cut.rest["score_reads"]
+    shared = tiles.mask_is_shared(cut, steps)
+    precision = steps.spec.precision
 
     def block(step: Any, state: Any) -> Any:
         step = step.astype(jnp.int32)  # int64 under x64 where the loop's length is static
@@ -211,71 +274,74 @@ def _backward_lanes(
             saved.append((q, do, lse.T, delta.T))
 
         def tile(carry: Any, start: Any, masked: bool) -> Any:
-            per_lane, dbias, dconsts = carry
+            per_lane, dbias, dreads = carry
             keep, updated = None, []
             for lane, (m, (q, do, lse, delta)) in enumerate(zip(members, saved, strict=True)):
                 dq, dk, dv = per_lane[lane]
                 if masked and (keep is None or not shared):
-                    keep = tiles.visible(cut, spec, m, i, start, kv_len, True)
-                k = tiles.keys_at(cut.k[lane], m.kv_place, start, spec.span)
-                v = tiles.keys_at(cut.v[lane], m.kv_place, start, spec.span)
-                stages = tiles.score_stages(cut, spec, m, i, start, True)
-                bias = tiles.bias_tile(cut, spec, m, i, start, True)
-                raw = tiles.raw_scores(spec, q, k, True)
-                p = tilemath.probabilities(tiles.hide(stages(raw, bias, consts), keep), lse)
-                dp = tilemath.dot(v, do, (1, 1), spec.precision)
+                    keep = tiles.visible(cut, steps, m, i, start, kv_len, True)
+                k = tiles.keys_at(cut.k[lane], m.kv_place, start, steps.span)
+                v = tiles.keys_at(cut.v[lane], m.kv_place, start, steps.span)
+                stages = tiles.Scores(cut, steps, m, i, start, True)
+                raw = tiles.raw_scores(steps, q, k, True)
+                p = tilemath.probabilities(tiles.hide(stages(raw), keep), lse)
+                dp = tilemath.dot(v, do, (1, 1), precision)
                 weights = p
-                drop = tiles.dropout(cut, spec, m, i, start, True)
+                drop = tiles.dropout(cut, steps, m, i, start, True)
                 if drop is not None:
                     weights, dp = p * drop, dp * drop
-                ds = p * (dp - delta)
-                if not plain:
-
-                    def varied(raw: Any, bias: Any, floats: Any, stages: Any = stages) -> jax.Array:
-                        found = iter(floats)
-                        pairs = zip(consts, is_float, strict=True)
-                        return stages(raw, bias, [next(found) if f else c for c, f in pairs])
-
-                    floats = [c for c, f in zip(consts, is_float, strict=True) if f]
-                    _, pull = jax.vjp(varied, raw, bias, floats)
-                    ds, d_bias, d_floats = pull(ds)
-                    if dbias is not None:
-                        dbias = tiles.add_array_tile(dbias, d_bias, spec, m, i, start, True)
-                    pairs = zip(dconsts, d_floats, strict=True)
-                    dconsts = [total + d.astype(total.dtype) for total, d in pairs]
-                dk_tile = tilemath.dot(ds, q, (1, 0), spec.precision)
+                ds, d_values = stages.grad(raw, p * (dp - delta))
+                if dbias is not None:
+                    dbias = tiles.add_bias_grad(dbias, ds, steps, m, i, start, True)
+                if spec.score_mod is not None:
+                    dreads = tiles.add_read_grads(
+                        dreads, d_values, spec.score_mod, reads, cut, steps, m, i, start, True
+                    )
+                dk_tile = tilemath.dot(ds, q, (1, 0), precision)
                 if q.dtype != dtype:  # the scale is not in q
                     dk_tile = dk_tile * jnp.asarray(spec.scale, dtype)
-                dv_tile = tilemath.dot(weights, do, (1, 0), spec.precision)
+                dv_tile = tilemath.dot(weights, do, (1, 0), precision)
                 updated.append(
                     (
-                        dq + tilemath.dot(k, ds, (0, 0), spec.precision),
+                        dq + tilemath.dot(k, ds, (0, 0), precision),
                         tiles.add_keys(dk, m.kv_place, start, dk_tile),
                         tiles.add_keys(dv, m.kv_place, start, dv_tile),
                     )
                 )
-            return updated, dbias, dconsts
+            return updated, dbias, dreads
 
-        gradients, dbias, dconsts = state
+        gradients, dbias, dreads = state
         begin = [
             (jnp.zeros(q.T.shape, dtype), *g[1:])
             for (q, *_), g in zip(saved, gradients, strict=True)
         ]
-        found, dbias, dconsts = tiles.walk(cut, spec, members[0], i, tile, (begin, dbias, dconsts))
+        found, dbias, dreads = tiles.walk(cut, steps, members[0], i, tile, (begin, dbias, dreads))
         gradients = [
             (tiles.write(old[0], new[0].T[None, None], (m.place, i, 0, 0)), *new[1:])
             for m, old, new in zip(members, gradients, found, strict=True)
         ]
-        return gradients, dbias, dconsts
+        return gradients, dbias, dreads
 
-    bias = cut.rest["bias"]
     empty = [
         tuple(jnp.zeros(x.shape, dtype) for x in arrays)
         for arrays in zip(cut.q, cut.k, cut.v, strict=True)
     ]
-    dconsts = [jnp.zeros(c.shape, dtype) for c, f in zip(consts, is_float, strict=True) if f]
-    state = (empty, None if bias is None else jnp.zeros(bias.shape, dtype), dconsts)
-    steps = jnp.int32(layout.steps * nq)
-    gradients, dbias, dconsts = lax.fori_loop(jnp.int32(0), steps, block, state)
+    dbias = None if bias is None else jnp.zeros(bias.shape, dtype)
+    state = (empty, dbias, _zero_reads(spec, reads, dtype))
+    count = jnp.int32(layout.steps * nq)
+    gradients, dbias, dreads = lax.fori_loop(jnp.int32(0), count, block, state)
     dq, dk, dv = (list(x) for x in zip(*gradients, strict=True))
-    return dq, dk, dv, dbias, dconsts
+    return dq, dk, dv, dbias, dreads
+
+
+def _zero_reads(spec: FlashSpec, reads: list[Any], dtype: Any) -> list[Any]:
+    """Zeros for the gradient of every floating read, None for the others."""
+
+    def zeros(x: jax.Array) -> jax.Array | None:
+        return jnp.zeros(x.shape, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else None
+
+    kinds = () if spec.score_mod is None else spec.score_mod.reads
+    return [
+        ([zeros(t) for t in x] if read.kind == "pair" else zeros(x)) if read.is_float else None
+        for read, x in zip(kinds, reads, strict=True)
+    ]

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import attnjax as aj
 from attnjax.masks import Causal, Full, Prefix, Segments, Sink, Window, per_head
 from pallas_kernels.compat import enable_x64
-from pallas_kernels.flash.blocks import choose_tiling
+from pallas_kernels.flash import prepare, xla
 from tests.compiles import compilations
 
 RTOL = 1e-11
@@ -119,7 +119,7 @@ def test_rows_without_keys_are_zero_and_have_no_gradient():
 def test_lanes_agree_with_one_lane(monkeypatch):
     with enable_x64(True):
         case = {"mask": Causal() & (Window(40) | Sink(3)), "softcap": 3.0}
-        monkeypatch.setattr("pallas_kernels.flash.attention.LANE_SCORES", 0)
+        monkeypatch.setattr("pallas_kernels.flash.xla.LANE_SCORES", 0)
         for heads, batch in ((4, 2), (1, 4)):  # lanes over heads, lanes over batch rows
             agree(*both_paths(lambda _: case, qkv(70, 70, h=4, g=heads, b=batch)))
 
@@ -127,6 +127,12 @@ def test_lanes_agree_with_one_lane(monkeypatch):
 def test_cost_model_tiles_agree_with_given_tiles():
     with enable_x64(True):
         agree(*both_paths(lambda _: {"mask": Causal() & Window(100)}, qkv(300, 300), blocks=None))
+
+
+def band(arrays, mask):
+    """The band that the XLA body takes instead of single tiles, or None."""
+    inputs, others, spec = prepare(arrays["q"], arrays["k"], arrays["v"], mask=mask, scale=1.0)
+    return xla.plan({**inputs, **others}, spec)[1].band
 
 
 def test_bands_agree_with_every_option(monkeypatch):
@@ -147,11 +153,10 @@ def test_bands_agree_with_every_option(monkeypatch):
 
             return {"mask": per_head(masks) & Prefix(120), "bias": a["bias"], "score_mod": tilt}
 
-        options = {"q_offset": 0, "num_heads": 4, "batch": 2}
-        assert choose_tiling(per_head(masks) & Prefix(120), 130, 130, **options).band is not None
+        assert band(arrays, per_head(masks) & Prefix(120)) is not None
         agree(*both_paths(case, arrays, blocks=None))
         both = lambda a: {"mask": seen, "local_window_size": (12, 3)}  # noqa: E731
-        assert choose_tiling(Window(13, 3), 130, 130, **options).band is not None
+        assert band(arrays, Window(13, 3)) is not None
         agree(*both_paths(both, arrays, blocks=None))
 
 

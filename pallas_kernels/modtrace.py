@@ -1,0 +1,607 @@
+"""User functions of attention scores, traced once into programs that every kernel can run.
+
+A `score_mod(score, b, h, q, k)` or a mask's `predicate(b, h, q, k)` is traced on scalars. What it
+looks up in arrays becomes a *read*: its value depends on few of the indices, so it is evaluated
+outside the kernel, in plain differentiable JAX, and reaches the kernel as an operand. What is left
+is elementwise, and is evaluated on whole tiles inside the kernel. Its derivative is traced on
+scalars too, so that kernels need no automatic differentiation.
+
+    kind      depends on     array                   value inside a kernel, tile [m, n]
+    scalar    b, h           [nb, nh]                []
+    query     b, h, q        [nb, nh, t]             [m, 1]
+    key       b, h, k        [nb, nh, s]             [1, n]
+    offset    b, h, q - k    [nb, nh, t + s - 1]     [m, n], the entry of (row, col) at
+                                                     row - col + s - 1
+    pair      b, h, q, k     the tables themselves   [m, n], in the XLA body alone
+
+nb is 1 or the batch size, nh is 1 or the number of heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.dispatch import Unsupported
+
+KINDS = ("scalar", "query", "key", "offset", "pair")
+
+ELEMENTWISE = frozenset(
+    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erfc "
+    "erf_inv exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul "
+    "ne neg nextafter not or population_count pow rem round rsqrt select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor acos "
+    "asin atan acosh asinh atanh clz reduce_precision stop_gradient broadcast_in_dim".split()
+)
+"""Primitives that act element by element."""
+
+LACKING: dict[str, frozenset[str]] = {
+    "tpu": frozenset(
+        "atan2 cbrt cosh erf_inv erfc expm1 nextafter reduce_precision sinh tan acos asin atan "
+        "acosh asinh atanh clz is_finite population_count".split()
+    ),
+    "triton": frozenset(
+        "atan2 cbrt cosh erf_inv erfc nextafter reduce_precision sinh tan acos asin atan acosh "
+        "asinh atanh clz is_finite population_count round".split()
+    ),
+    "mosaic_gpu": frozenset(
+        "atan2 cbrt ceil cosh erf erf_inv erfc expm1 floor nextafter reduce_precision sinh tan "
+        "acos asin atan acosh asinh atanh clz is_finite population_count round".split()
+    ),
+}
+"""Elementwise primitives that the compiler of a backend does not have."""
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "remat2")
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+class Read(NamedTuple):
+    """One looked-up value.
+
+    Attributes:
+      kind: one of `KINDS`.
+      uses: of "b", "h", those that the value depends on.
+      dtype: its type where the function uses it.
+      jaxpr: closed program (b, h, q, k, *tables) -> value.
+    """
+
+    kind: str
+    uses: frozenset[str]
+    dtype: Any
+    jaxpr: Any
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the value has a gradient."""
+        return bool(jnp.issubdtype(self.dtype, jnp.floating))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileProgram:
+    """A traced function; hashable, equal when the code is the same whatever arrays it looks up.
+
+    Attributes:
+      reads: what it looks up, in the order of the read arrays.
+      core: jaxpr (score?, b, h, q, k, *values) -> result.
+      derivative: jaxpr (score, b, h, q, k, *values, ct) -> (d score, d value of each float read),
+        None for predicates.
+      has_score: whether there is a score argument.
+      key: identity of the code.
+    """
+
+    reads: tuple[Read, ...]
+    core: Any
+    derivative: Any
+    has_score: bool
+    key: str
+
+    def __eq__(self, other: object) -> bool:
+        """Same code."""
+        return isinstance(other, TileProgram) and self.key == other.key
+
+    def __hash__(self) -> int:
+        """Hash of the code."""
+        return hash(self.key)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each read."""
+        return tuple(r.kind for r in self.reads)
+
+    @property
+    def is_float(self) -> tuple[bool, ...]:
+        """Whether each read is floating, so that it has a gradient."""
+        return tuple(r.is_float for r in self.reads)
+
+    @property
+    def uses_row(self) -> bool:
+        """Whether the elementwise part uses the batch index itself."""
+        return self._uses(0)
+
+    @property
+    def varies(self) -> bool:
+        """Whether different rows or heads may have different results."""
+        return self._uses(0) or self._uses(1) or any(r.uses or r.kind == "pair" for r in self.reads)
+
+    def _uses(self, place: int) -> bool:
+        var = self.core.invars[place + self.has_score]
+        return any(var is v for eqn in self.core.eqns for v in eqn.invars)
+
+    def __call__(
+        self, score: Any, b: Any, h: Any, q: Any, k: Any, values: Sequence[Any]
+    ) -> jax.Array:
+        """The function on a tile.
+
+        Args:
+          score: [m, n], or None for predicates.
+          b, h: int32 scalars. q, k: absolute indices, [m, 1] and [1, n] (or transposed).
+          values: of the reads, as the table of the module says.
+
+        Returns:
+          [m, n] (or less where the function does not depend on all of it, for predicates).
+        """
+        first = (score,) if self.has_score else ()
+        return _evaluate(self.core, (*first, b, h, q, k, *self._cast(values)))[0]
+
+    def grad(
+        self, score: Any, b: Any, h: Any, q: Any, k: Any, values: Sequence[Any], ct: Any
+    ) -> tuple[jax.Array, list[jax.Array | None]]:
+        """(d score [m, n], for each read d value [m, n] or None) of the cotangent ct [m, n]."""
+        args = (score, b, h, q, k, *self._cast(values), ct)
+        d_score, *floats = (_full(x, jnp.shape(ct)) for x in _evaluate(self.derivative, args))
+        found = iter(floats)
+        return d_score, [next(found) if f else None for f in self.is_float]
+
+    def check(self, backend: str) -> None:
+        """Raises `Unsupported` when a backend ("tpu", "triton", "mosaic_gpu") lacks something."""
+        what = "score_mod" if self.has_score else "mask"
+        if "pair" in self.kinds:
+            raise Unsupported(
+                f"{what}: it looks something up by query and key at once, which the {backend} "
+                "kernel cannot do; depend on q, on k or on q - k, or use implementation='xla'."
+            )
+        for jaxpr in (self.core, self.derivative):
+            for eqn in jaxpr.eqns if jaxpr is not None else ():
+                if eqn.primitive.name in LACKING[backend]:
+                    raise Unsupported(
+                        f"{what}: the {backend} kernel has no '{eqn.primitive.name}'"
+                        f"{_where(eqn)}; write it with other functions, or use "
+                        "implementation='xla'."
+                    )
+
+    def _cast(self, values: Sequence[Any]) -> list[Any]:
+        def cast(value: Any, dtype: Any) -> Any:
+            return value != jnp.zeros_like(value) if dtype == jnp.bool_ else value.astype(dtype)
+
+        return [cast(v, r.dtype) for v, r in zip(values, self.reads, strict=True)]
+
+
+def trace_score_mod(
+    score_mod: Callable[..., jax.Array], dtype: Any
+) -> tuple[TileProgram, list[jax.Array]]:
+    """Traces `score_mod(score, b, h, q, k) -> score`.
+
+    Args:
+      score_mod: the function; it sees scalars, so it must treat every pair (q, k) alike.
+      dtype: of the scores.
+
+    Returns:
+      The program, and the arrays that the function closes over.
+
+    Raises:
+      ValueError: when the result is not one floating number, or the function does something that is
+        not elementwise with the score.
+    """
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    score = jax.ShapeDtypeStruct((), dtype)
+    closed = jax.make_jaxpr(score_mod)(score, index, index, index, index)
+    avals = closed.out_avals
+    if len(avals) != 1 or avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        raise ValueError(
+            "score_mod: must return one floating score for score, b, h, q and k, all of them "
+            f"scalars, got {[f'{a.dtype}{list(a.shape)}' for a in avals]}; kernels apply it to "
+            "whole tiles."
+        )
+    consts = [jnp.asarray(c) for c in closed.consts]
+    flat = _flatten(lambda *xs: _run(closed.jaxpr, xs[5:], xs[:5], _CALLS), 5, consts, dtype)
+    return _build(flat, has_score=True, what="score_mod"), consts
+
+
+def trace_predicate(mask: Any) -> tuple[TileProgram, list[Any]]:
+    """Traces a mask program's predicate: the program, and the mask's array leaves."""
+    leaves, tree = jax.tree.flatten(mask)
+
+    def predicate(b: Any, h: Any, q: Any, k: Any, *leaves: Any) -> Any:
+        return jnp.asarray(jax.tree.unflatten(tree, leaves).predicate(b, h, q, k))
+
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    closed = jax.make_jaxpr(predicate)(*[index] * 4, *leaves)
+    consts = [*leaves, *closed.consts]
+    n = len(leaves)
+
+    def run(*xs: Any) -> Any:
+        return _run(closed.jaxpr, xs[4 + n :], xs[: 4 + n], (*_CALLS, *_CUSTOM))
+
+    return _build(_flatten(run, 4, consts, None), has_score=False, what="mask"), consts
+
+
+def evaluate_reads(
+    program: TileProgram,
+    tables: Sequence[Any],
+    *,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: Any,
+) -> list[Any]:
+    """The read arrays of a program, in plain differentiable JAX.
+
+    Args:
+      program: from `trace_score_mod` or `trace_predicate`.
+      tables: the arrays returned with it.
+      batch, heads, q_len, kv_len: sizes, in rows, heads and tokens.
+      q_offset: absolute index of the first query, an integer or an array [1] or [batch].
+
+    Returns:
+      For each read an array as the table of the module says: floating (at least float32) or int32;
+      for "pair" a list of tables.
+    """
+    offset = jnp.asarray(q_offset, jnp.int32).reshape(-1)
+    return [
+        list(tables)
+        if read.kind == "pair"
+        else _evaluate_read(read, tables, (batch, heads, q_len, kv_len), offset)
+        for read in program.reads
+    ]
+
+
+def pair_values(read: Read, tables: Sequence[Any], b: Any, h: Any, q: Any, k: Any) -> jax.Array:
+    """Values of a "pair" read on a tile: q and k broadcast against each other."""
+    shape = np.broadcast_shapes(jnp.shape(q), jnp.shape(k))
+    q, k = (_full(x, shape).reshape(-1) for x in (q, k))
+    values = jax.vmap(lambda q, k: _value(read, b, h, q, k, tables))(q, k)
+    return values.reshape(shape)
+
+
+def _evaluate_read(read: Read, tables: Any, sizes: tuple[int, ...], offset: jax.Array) -> jax.Array:
+    batch, heads, t, s = sizes
+    rows = batch if "b" in read.uses else 1
+    if read.kind in ("query", "offset") and offset.shape[0] > 1:
+        rows = batch
+    b = jnp.arange(rows, dtype=jnp.int32)
+    h = jnp.arange(heads if "h" in read.uses else 1, dtype=jnp.int32)
+    offset = jnp.broadcast_to(offset, (rows,)) if offset.shape[0] == 1 else offset[:rows]
+    zero = jnp.zeros((), jnp.int32)
+
+    def at(b: Any, h: Any, first: Any) -> Any:
+        def by_query(q: Any) -> Any:
+            return _value(read, b, h, q, zero, tables)
+
+        if read.kind == "scalar":
+            return by_query(zero)
+        if read.kind == "key":
+            keys = jnp.arange(s, dtype=jnp.int32)
+            return jax.vmap(lambda k: _value(read, b, h, zero, k, tables))(keys)
+        if read.kind == "query":
+            return jax.vmap(by_query)(jnp.arange(t, dtype=jnp.int32) + first)
+        return jax.vmap(by_query)(jnp.arange(1 - s, t, dtype=jnp.int32) + first)
+
+    over_heads = jax.vmap(at, in_axes=(None, 0, None))
+    return jax.vmap(over_heads, in_axes=(0, None, 0))(b, h, offset)
+
+
+def _value(read: Read, b: Any, h: Any, q: Any, k: Any, tables: Sequence[Any]) -> jax.Array:
+    closed = read.jaxpr
+    value = _run(closed.jaxpr, closed.consts, (b, h, q, k, *map(jnp.asarray, tables)), ())[0]
+    if not read.is_float:
+        return value.astype(jnp.int32)
+    return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
+
+
+class _Dependence(NamedTuple):
+    """What a scalar depends on: letters, and its coefficients of q and k where it is affine."""
+
+    letters: frozenset[str]
+    affine: tuple[int, int] | None
+
+
+_CONSTANT = _Dependence(frozenset(), (0, 0))
+_TABLE = _Dependence(frozenset({"table"}), None)
+
+
+def _build(jaxpr: Any, *, has_score: bool, what: str) -> TileProgram:
+    """Splits a flat scalar jaxpr (score?, b, h, q, k, *tables) into reads and a core."""
+    lead = 5 if has_score else 4
+    names = ("score", "b", "h", "q", "k")[5 - lead :]
+    depends: dict[Any, _Dependence] = {}
+    for var, name in zip(jaxpr.invars, names, strict=False):
+        affine = {"q": (1, 0), "k": (0, 1), "score": None}.get(name, (0, 0))
+        depends[var] = (
+            _Dependence(frozenset(name), affine)
+            if name != "score"
+            else _Dependence(frozenset(("score",)), None)
+        )
+    tables = set(jaxpr.invars[lead:])
+    depends.update({var: _TABLE for var in tables})
+    known: dict[Any, Any] = {}  # what depends on nothing
+    cut: list[Any] = []  # scalars to read instead of compute
+    for eqn in jaxpr.eqns:
+        inputs = [v for v in eqn.invars if not isinstance(v, compat.Literal)]
+        scalar = all(v.aval.shape == () for v in (*inputs, *eqn.outvars))
+        _check_elementwise(eqn, scalar, depends, inputs, what)
+        found = _dependence(eqn, depends)
+        depends.update({out: found for out in eqn.outvars})
+        if not found.letters:
+            with jax.ensure_compile_time_eval():
+                values = [v.val if isinstance(v, compat.Literal) else known[v] for v in eqn.invars]
+                avals = [v.aval for v in eqn.invars]
+                values = [jnp.asarray(x, a.dtype) for x, a in zip(values, avals, strict=True)]
+                results = map(np.asarray, compat.bind_equation(eqn, values))
+            known.update(zip(eqn.outvars, results, strict=True))
+            continue
+        for out in eqn.outvars:
+            if out.aval.shape == () and (not scalar or not found.letters - {"b", "h", "table"}):
+                cut.append(out)
+    core_inputs = jaxpr.invars[:lead]
+    wanted = _needed(jaxpr, set(cut) | tables)
+    reads = [v for v in (*jaxpr.invars[lead:], *cut) if v in wanted]
+    core = _part(jaxpr, [*core_inputs, *reads], jaxpr.outvars, known).jaxpr
+    found_reads = tuple(
+        Read(
+            _kind(depends[v]),
+            depends[v].letters & {"b", "h"},
+            v.aval.dtype,
+            _part(jaxpr, [*jaxpr.invars[lead - 4 :]], [v], known),
+        )
+        for v in reads
+    )
+    derivative = None
+    if has_score:
+        derivative = _derivative(core, [r.is_float for r in found_reads])
+    core = _inline(core, _CUSTOM)
+    for part in (core, derivative):
+        _check_flat(part, what)
+    code = [(r.kind, sorted(r.uses), str(r.jaxpr), _bytes(r.jaxpr.consts)) for r in found_reads]
+    key = repr((core, derivative, code))
+    return TileProgram(found_reads, core, derivative, has_score, key)
+
+
+def _bytes(consts: Sequence[Any]) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in consts]
+
+
+def _dependence(eqn: Any, depends: dict[Any, _Dependence]) -> _Dependence:
+    parts = [_CONSTANT if isinstance(v, compat.Literal) else depends[v] for v in eqn.invars]
+    affine = None
+    name = eqn.primitive.name
+    coefficients = [p.affine for p in parts if p.affine is not None]
+    all_affine = len(coefficients) == len(parts)
+    if name in ("add", "sub") and all_affine:
+        sign = 1 if name == "add" else -1
+        (a, b), (c, d) = coefficients
+        affine = (a + sign * c, b + sign * d)
+    elif name == "neg" and all_affine:
+        affine = (-coefficients[0][0], -coefficients[0][1])
+    elif all_affine and name in (
+        "convert_element_type",
+        "copy",
+        "broadcast_in_dim",
+        "squeeze",
+        "reshape",
+    ):
+        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.signedinteger):
+            affine = coefficients[0]
+    letters = frozenset().union(*(p.letters for p in parts))
+    if affine is not None:
+        if affine[0] == -affine[1] != 0:  # a function of q - k
+            letters = letters - {"q", "k"} | {"r"}
+        return _Dependence(letters, affine)
+    if not letters & {"q", "k", "r"}:
+        affine = (0, 0)
+    return _Dependence(letters, affine)
+
+
+def _kind(found: _Dependence) -> str:
+    of = found.letters & {"q", "k", "r"}
+    if not of:
+        return "scalar"
+    return {"q": "query", "k": "key", "r": "offset"}.get("".join(sorted(of)), "pair")
+
+
+def _check_elementwise(eqn: Any, scalar: bool, depends: Any, inputs: Any, what: str) -> None:
+    touches = any("score" in depends[v].letters for v in inputs)
+    if touches and not scalar:
+        raise ValueError(
+            f"{what}: '{eqn.primitive.name}'{_where(eqn)} uses the score to look something up or "
+            "to make an array; only elementwise functions of the score are supported."
+        )
+
+
+def _check_flat(jaxpr: Any, what: str) -> None:
+    for eqn in jaxpr.eqns if jaxpr is not None else ():
+        if eqn.primitive.name not in ELEMENTWISE:
+            raise ValueError(
+                f"{what}: '{eqn.primitive.name}'{_where(eqn)} is not elementwise; allowed are "
+                "arithmetic, comparisons, logic and functions such as exp or tanh."
+            )
+
+
+def _where(eqn: Any) -> str:
+    line = compat.source_line(eqn)
+    return f" ({line})" if line else ""
+
+
+def _needed(jaxpr: Any, stops: set[Any]) -> set[Any]:
+    """Variables that the outputs need, not looking behind `stops`."""
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    needed: set[Any] = set()
+    stack = [v for v in jaxpr.outvars if not isinstance(v, compat.Literal)]
+    while stack:
+        var = stack.pop()
+        if var in needed:
+            continue
+        needed.add(var)
+        if var not in stops and var in makers:
+            eqn = makers[var]
+            stack += [v for v in eqn.invars if not isinstance(v, compat.Literal)]
+    return needed
+
+
+def _part(jaxpr: Any, inputs: list[Any], outputs: list[Any], known: dict[Any, Any]) -> Any:
+    """The jaxpr from given variables to others; `known` ones are constants."""
+    start = [*inputs, *known]
+
+    def run(*values: Any) -> list[Any]:
+        return _run(jaxpr, (), (*values, *known.values()), (), start=start, stop=outputs)
+
+    return jax.make_jaxpr(run)(*[_aval(v) for v in inputs])
+
+
+def _derivative(core: Any, is_float: list[bool]) -> Any:
+    """(score, b, h, q, k, *values, ct) -> (d score, d of each float value)."""
+
+    def run(*args: Any) -> list[Any]:
+        *given, ct = args
+
+        def varied(score: Any, floats: list[Any]) -> Any:
+            found = iter(floats)
+            values = [next(found) if f else v for f, v in zip(is_float, given[5:], strict=True)]
+            return _run(core, (), (score, *given[1:5], *values), ())[0]
+
+        floats = [v for f, v in zip(is_float, given[5:], strict=True) if f]
+        _, pull = jax.vjp(varied, given[0], floats)
+        d_score, d_floats = pull(ct)
+        return [d_score, *d_floats]
+
+    avals = [_aval(v) for v in (*core.invars, core.outvars[0])]
+    return _inline(jax.make_jaxpr(run)(*avals).jaxpr, ())
+
+
+def _flatten(run: Any, lead: int, tables: Any, score_dtype: Any) -> Any:
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    avals = [index] * lead
+    if score_dtype is not None:
+        avals[0] = jax.ShapeDtypeStruct((), score_dtype)
+    closed = jax.make_jaxpr(run)(*avals, *tables)
+    return _absorb_consts(closed)
+
+
+def _absorb_consts(closed: Any) -> Any:
+    if closed.consts:  # only constants that JAX itself makes, never a user's arrays
+        raise ValueError("score_mod: it makes an array that is not derived from its arguments.")
+    return closed.jaxpr
+
+
+def _inline(jaxpr: Any, more: tuple[str, ...]) -> Any:
+    def run(*values: Any) -> list[Any]:
+        return _run(jaxpr, (), values, (*_CALLS, *_CUSTOM, *more))
+
+    return jax.make_jaxpr(run)(*[_aval(v) for v in jaxpr.invars]).jaxpr
+
+
+def _run(
+    jaxpr: Any,
+    consts: Any,
+    args: Any,
+    inline: tuple[str, ...],
+    *,
+    start: Any = None,
+    stop: Any = None,
+) -> list[Any]:
+    """What is needed of a jaxpr's results, stepping into the calls named in `inline`."""
+    start = jaxpr.invars if start is None else start
+    stop = jaxpr.outvars if stop is None else stop
+    env: dict[Any, Any] = dict(zip(start, args, strict=True))
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    wanted: set[int] = set()
+    stack = [v for v in stop if not isinstance(v, compat.Literal)]
+    while stack:
+        var = stack.pop()
+        if var in env or id(makers[var]) in wanted:
+            continue
+        wanted.add(id(makers[var]))
+        stack += [v for v in makers[var].invars if not isinstance(v, compat.Literal)]
+
+    def value(v: Any) -> Any:
+        return _literal(v) if isinstance(v, compat.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        if id(eqn) not in wanted:
+            continue
+        values = [value(v) for v in eqn.invars]
+        name = eqn.primitive.name
+        inner = _called(eqn) if name in inline else None
+        if inner is not None:
+            out = _run(inner.jaxpr, inner.consts, values, inline)
+        else:
+            out = compat.bind_equation(eqn, values)
+        for var, x in zip(eqn.outvars, out, strict=True):
+            if var not in env:
+                env[var] = x
+    return [value(v) for v in stop]
+
+
+def _literal(v: Any) -> Any:
+    """A constant in its own type; JAX may hold it as a Python number."""
+    return np.asarray(v.val, v.aval.dtype) if v.aval.shape == () else v.val
+
+
+def _called(eqn: Any) -> Any:
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            inner = eqn.params[name]
+            return inner if hasattr(inner, "consts") else compat.ClosedJaxpr(inner, [])
+    return None
+
+
+def _aval(v: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+
+
+def _full(x: Any, shape: tuple[int, ...]) -> jax.Array:
+    return x if jnp.shape(x) == shape else jnp.broadcast_to(x, shape)
+
+
+def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a flat scalar jaxpr on tiles: values of different shapes broadcast."""
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+
+    def value(v: Any) -> Any:
+        return _literal(v) if isinstance(v, compat.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        values = [value(v) for v in eqn.invars]
+        env[eqn.outvars[0]] = _apply(eqn, values)
+    return [jnp.asarray(value(v)) for v in jaxpr.outvars]
+
+
+def _apply(eqn: Any, values: list[Any]) -> Any:
+    """One elementwise primitive, in a form that every kernel compiler accepts."""
+    name = eqn.primitive.name
+    if name in ("broadcast_in_dim", "copy", "stop_gradient"):
+        return values[0]
+    shape = np.broadcast_shapes(*map(jnp.shape, values))
+    if name == "convert_element_type":
+        return jnp.asarray(values[0]).astype(eqn.params["new_dtype"])
+    values = [_full(x, shape) if jnp.shape(x) != shape else x for x in values]
+    if name == "add_any":
+        return lax.add(*map(jnp.asarray, values))
+    if name == "select_n" and values[1].dtype == jnp.bool_ and values[0].dtype == jnp.bool_:
+        # a select between booleans does not compile for TPUs
+        which, no, yes = values
+        return (which & yes) | (~jnp.asarray(which) & no)
+    if name == "sign" and jnp.issubdtype(values[0].dtype, jnp.integer):
+        # the rule of `sign` asks for the default device's generation
+        (x,) = values
+        zero = jnp.zeros_like(x)
+        return (x > zero).astype(x.dtype) - (x < zero).astype(x.dtype)
+    return eqn.primitive.bind(*values, **eqn.params)
