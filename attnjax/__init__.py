@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attnjax.mechanisms  # first: importing the package later would rebind the name  # noqa: F401
 from attnjax.attention import Explanation, attention, explain
+from attnjax.decode import decode_attention
 from attnjax.merge import merge_attention
 from attnjax.spec import Mechanism
 from attnjax.taps import Edits, Patch
@@ -26,8 +27,8 @@ else:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Edits", "Explanation", "Mechanism", "Patch", "attention", "explain", "mechanisms",
-    "merge_attention", "cache", "functional", "masks", "models", "nn", "positions",
+    "Edits", "Explanation", "Mechanism", "Patch", "attention", "decode_attention", "explain",
+    "mechanisms", "merge_attention", "cache", "functional", "masks", "models", "nn", "positions",
 ]  # fmt: skip
 
 _SUBMODULES = ("cache", "functional", "masks", "models", "nn", "positions")

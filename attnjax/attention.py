@@ -214,8 +214,8 @@ def explain(
 
     Args:
       query, key, value, bias, mask: as for `attention`; `jax.ShapeDtypeStruct`s will do.
-      target: device to ask about, as `pallas_kernels.dispatch.Target("tpu", "TPU v5 lite")`; None is
-        the first device here.
+      target: device to ask about, as `pallas_kernels.dispatch.Target("tpu", "TPU v5 lite")`; None
+        is the first device here.
       **options: the other arguments of `attention`.
 
     Returns:

@@ -10,10 +10,11 @@ import inspect
 from typing import Any
 
 from attnjax.attention import attention
+from attnjax.decode import decode_attention
 from attnjax.merge import merge_attention
 from attnjax.spec import public_names
 
-__all__ = ["attention", "merge_attention"]
+__all__ = ["attention", "decode_attention", "merge_attention"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "jaxpr_as_fun",
     "lowering_device",
     "lowering_devices",
+    "mosaic_gpu_load",
     "shaped",
     "source_line",
     "tracing_for",
@@ -232,3 +234,17 @@ def triton_fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
     )
     return out
+
+
+def mosaic_gpu_load(ref: Any) -> jax.Array:
+    """A block of global memory in registers, in a Mosaic GPU kernel, whatever its alignment.
+
+    JAX 0.10 wants an index, 0.11 deprecates it.
+    """
+    from jax.experimental.pallas import mosaic_gpu
+
+    load: Any = mosaic_gpu.load
+    index = inspect.signature(load).parameters.get("idx")
+    if index is not None and index.default is inspect.Parameter.empty:
+        return load(ref, (), optimized=False)
+    return load(ref, optimized=False)

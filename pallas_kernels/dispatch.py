@@ -19,6 +19,7 @@ any number of kernels. `implementation` names what to run:
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -88,6 +89,15 @@ class Kernel:
     body: Body
     default: bool = True
     interpreted_by: str | None = None
+
+
+def lazy_body(module: str, function: str) -> Body:
+    """A body that is imported when it is first lowered: kernels' compilers are slow to import."""
+
+    def run(operands: Any, spec: Any, target: Target) -> Any:
+        return getattr(importlib.import_module(module), function)(operands, spec, target)
+
+    return run
 
 
 class Operation:

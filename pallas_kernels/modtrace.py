@@ -52,8 +52,8 @@ LACKING: dict[str, frozenset[str]] = {
         "asinh atanh clz is_finite population_count round".split()
     ),
     "mosaic_gpu": frozenset(
-        "atan2 cbrt ceil cosh erf erf_inv erfc expm1 floor nextafter reduce_precision sinh tan "
-        "acos asin atan acosh asinh atanh clz is_finite population_count round".split()
+        "cbrt ceil cosh erf_inv erfc expm1 floor log1p nextafter pow reduce_precision sinh sqrt "
+        "tan acos asin atan acosh asinh atanh is_finite population_count".split()
     ),
 }
 """Elementwise primitives that the compiler of a backend does not have."""
@@ -542,6 +542,8 @@ def _run(
         inner = _called(eqn) if name in inline else None
         if inner is not None:
             out = _run(inner.jaxpr, inner.consts, values, inline)
+        elif name == "reshard" or (name == "reduce_sum" and not eqn.params["axes"]):
+            out = values  # derivatives traced inside a mesh do this to scalars
         else:
             out = compat.bind_equation(eqn, values)
         for var, x in zip(eqn.outvars, out, strict=True):

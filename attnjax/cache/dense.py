@@ -18,6 +18,7 @@ from attnjax.cache.base import (
     valid_count,
     write_rows,
 )
+from attnjax.decode import can_decode, decode_attention
 from attnjax.masks import Causal
 
 
@@ -113,6 +114,12 @@ class DenseCache:
           `((o [b, t, h, e], lse [b, t, h], *captures), cache)`.
         """
         cache = self.append(key, value, valid)
+        if can_decode(query, mask, options):
+            outputs = decode_attention(
+                query, cache.key, cache.value, lengths=self.length + query.shape[1], causal=False,
+                mask=Causal() if mask is None else mask, return_residual=True, **options,
+            )  # fmt: skip
+            return outputs, cache
         outputs = attention(
             query,
             cache.key.astype(query.dtype),

@@ -10,6 +10,7 @@ absolute: query 0 faces key 0. `.dense(T)`, `.density(T)` and `.plot(T)` show wh
 
 from attnjax.masks.base import And, Mask, Not, Or
 from attnjax.masks.heads import PerHead, per_head
+from attnjax.masks.neighborhood import Neighborhood
 from attnjax.masks.patterns import BlockPattern, Predicate, Strided
 from attnjax.masks.sequences import Lengths, Prefix, Segments
 from attnjax.masks.shapes import Causal, Chunked, Dilated, Full, Sink, Window
@@ -23,6 +24,7 @@ __all__ = [
     "Full",
     "Lengths",
     "Mask",
+    "Neighborhood",
     "Not",
     "Or",
     "PerHead",

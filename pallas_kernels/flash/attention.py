@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import tilemath
 from pallas_kernels.blocklist import BlockList
-from pallas_kernels.dispatch import Kernel, Operation, Target, check_implementation
+from pallas_kernels.dispatch import Kernel, Operation, Target, check_implementation, lazy_body
 from pallas_kernels.flash import xla
 from pallas_kernels.flash.spec import FlashConfig, FlashSpec
 from pallas_kernels.maskprogram import MaskProgram
@@ -260,11 +259,7 @@ def _kernels(direction: str) -> dict[str, Kernel]:
     """Kernels of one direction; their modules are imported when they are lowered."""
 
     def body(module: str) -> Any:
-        def run(operands: Any, spec: FlashSpec, target: Any) -> Any:
-            found = importlib.import_module(f"pallas_kernels.flash.{module}")
-            return getattr(found, direction)(operands, spec, target)
-
-        return run
+        return lazy_body(f"pallas_kernels.flash.{module}", direction)
 
     return {
         "tpu": Kernel("tpu", body("tpu"), interpreted_by="interpret"),

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.checks import check_qkv, check_segments
 from attnjax.spec import Mechanism
-from pallas_kernels.linear import LinearSpec, Operands, linear_recurrence, linear_step, pick_chunk
+from pallas_kernels.dispatch import check_implementation
+from pallas_kernels.linear import LinearSpec, Operands, linear_recurrence, linear_step
 
 
 def linear_attention(
@@ -57,10 +58,13 @@ def linear_attention(
       return_state: also return the final state.
       segment_ids: the state restarts where the id changes from one token to the next. The initial
         state goes to the first segment, the final state is the last segment's.
-      chunk_size: tokens per chunk; None is 64. Changes speed and rounding only. Per-channel decays
-        round it up to a multiple of 16.
+      chunk_size: tokens per chunk; None is 128 on TPUs and 64 elsewhere. Changes speed and rounding
+        only. Kernels round it up to what the hardware multiplies, per-channel decays to a multiple
+        of 16.
       scale: factor on the output; None is k^-0.5.
-      implementation: None or "xla".
+      implementation: None runs the kernel of the platform where it has the options (no, per-head or
+        per-token decay; neither beta nor bonus) and XLA otherwise; "xla" forces XLA, "pallas" the
+        kernel; further names are those of `pallas_kernels.dispatch`.
 
     Returns:
       Output in the dtype of `value`; with `return_state` also the final state in float32 (float64
@@ -74,6 +78,7 @@ def linear_attention(
       ValueError: on shapes that do not fit together, chunk_size < 1, beta together with bonus, or
         an unknown implementation.
       TypeError: on inputs that are not floating point, or segment ids that are not integers.
+      NotImplementedError: when the named implementation lacks an option.
 
     Example: >>> linear_attention(query, key, value, decay=gates, beta=beta).shape  # gated DeltaNet
     """
@@ -91,8 +96,8 @@ def linear_attention(
         query, key, value, decay, beta, bonus, initial_state,
         None if segment_ids is None else _runs(segment_ids),
     )  # fmt: skip
-    chunk = pick_chunk(chunk_size, t, per_channel=decay is not None and decay.ndim == 4)
-    spec = LinearSpec(chunk_size=chunk, scale=k**-0.5 if scale is None else float(scale))
+    factor = k**-0.5 if scale is None else float(scale)
+    spec = LinearSpec(chunk_size=chunk_size, scale=factor, implementation=implementation)
     out, state = linear_recurrence(operands, spec)
     return (out, state) if return_state else out
 
@@ -188,10 +193,7 @@ def _check_options(
         raise ValueError(
             f"{name}: chunk_size={chunk_size} must be at least 1, or None for the default."
         )
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            f"{name}: implementation={implementation!r} is unknown; pass None or 'xla'."
-        )
+    check_implementation(name, implementation)
 
 
 SPEC = Mechanism(

@@ -1,0 +1,1 @@
+"""Spatial attention: tokens on maps of two or three axes."""
