@@ -4,12 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := build
+# Compilers for TPUs and GPUs, in a folder of their own: JAX would look for their hardware.
+AOT := $(CURDIR)/$(VENV)/aot
+WITH_AOT := JAX_PLATFORMS=cpu PYTHONPATH=$(AOT)
 # Two processes by default: the tests are made for two cores.
 WORKERS ?= 2
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format types docs docs-serve readme notebooks bench wheel dev clean
+.PHONY: help train test test-all lint format types docs docs-serve readme notebooks bench wheel dev clean \
+  aot portability tpu-static
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +38,10 @@ train: $(VENV)/.train-stamp  ## Train the demo model on real text (<= 5 minutes 
 	$(BIN)/python -m train run demo $(ARGS)
 
 test: $(VENV)/.dev-stamp  ## Run the default tests (<= 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 test-all: $(VENV)/.dev-stamp  ## Run all tests, the slow and the exhaustive ones too
-	$(BIN)/python -m pytest -n $(WORKERS) -m "" $(TESTS)
+	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) -m "" $(TESTS)
 
 lint: $(VENV)/.dev-stamp  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -68,6 +72,19 @@ bench: $(VENV)/.dev-stamp  ## Measure against peers; results in build/benchmarks
 	$(BIN)/python -m benchmarks attention --out $(OUT)/benchmarks
 	$(BIN)/python -m benchmarks memory --out $(OUT)/benchmarks
 	$(BIN)/python -m benchmarks lightning --out $(OUT)/benchmarks
+
+$(AOT)/.stamp: $(VENV)/.dev-stamp
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(AOT) 'libtpu>=0.0.51' \
+	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))')
+	@touch $@
+
+aot: $(AOT)/.stamp  ## Set up the compilers for TPUs and GPUs (1 GB); the tests then use them too
+
+portability: $(AOT)/.stamp  ## Compile every kernel for every TPU and GPU, none of them needed
+	$(WITH_AOT) $(BIN)/python -m benchmarks portability --out $(OUT)/benchmarks $(ARGS)
+
+tpu-static: $(AOT)/.stamp  ## Scheduled instructions of the TPU kernels beside splash attention's
+	$(WITH_AOT) $(BIN)/python -m benchmarks tpu-static --out $(OUT)/benchmarks $(ARGS)
 
 wheel: $(VENV)/.dev-stamp  ## Build the wheel and try it outside the checkout
 	rm -rf dist $(OUT)/wheel

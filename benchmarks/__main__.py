@@ -1,14 +1,27 @@
-"""Command line of the benchmarks: `python -m benchmarks {attention,memory,lightning} [options]`."""
+"""Command line of the benchmarks: `python -m benchmarks NAME [options]`; `--help` lists them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import pathlib
+import sys
+
+OTHERS = {
+    "portability": ("benchmarks.portability", "compiles every kernel for every TPU and GPU"),
+    "tpu-static": ("benchmarks.tpu_static", "bundles of the TPU kernels beside splash attention"),
+    "gpu": ("benchmarks.gpu", "times beside cuDNN, PyTorch and fla on an NVIDIA GPU"),
+    "tune": ("benchmarks.tuning", "measures tile sizes on the device at hand"),
+}
+"""Benchmarks with options of their own: name -> (module with `add_arguments` and `run`, help)."""
 
 
 def main() -> None:
     """Parses the command line, takes `--threads` cores and runs one benchmark."""
+    if len(sys.argv) > 1 and sys.argv[1] in OTHERS:
+        _other(sys.argv[1])
+        return
     args = _parser().parse_args()
     # Before jax starts: its thread pools take the cores that the process may use.
     if hasattr(os, "sched_setaffinity"):
@@ -36,6 +49,18 @@ def main() -> None:
         from benchmarks import lightning
 
         lightning.run(lengths=args.lengths, out=args.out)
+
+
+def _other(name: str) -> None:
+    """Runs one of `OTHERS`; a result that is not 0 is the exit code."""
+    module = importlib.import_module(OTHERS[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}", description=module.__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    found = module.run(**vars(parser.parse_args(sys.argv[2:])))
+    sys.exit(found if isinstance(found, int) else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     powers = [1024 * 2**i for i in range(7)]
     lightning.add_argument("--lengths", type=int, nargs="+", default=powers)
+
+    for name, (_, text) in OTHERS.items():  # their options are in their own modules
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 

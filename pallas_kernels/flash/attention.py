@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tilemath
+from pallas_kernels import tilemath, tune
 from pallas_kernels.blocklist import BlockList
 from pallas_kernels.dispatch import Kernel, Operation, Target, check_implementation, lazy_body
 from pallas_kernels.flash import xla
@@ -259,7 +259,14 @@ def _kernels(direction: str) -> dict[str, Kernel]:
     """Kernels of one direction; their modules are imported when they are lowered."""
 
     def body(module: str) -> Any:
-        return lazy_body(f"pallas_kernels.flash.{module}", direction)
+        kernel = lazy_body(f"pallas_kernels.flash.{module}", direction)
+
+        def run(operands: Any, spec: FlashSpec, target: Target) -> Any:
+            arrays = (operands[name] for name in ("query", "key", "value"))
+            config = tune.flash_config(module, target, *arrays, spec.config)
+            return kernel(operands, dataclasses.replace(spec, config=config), target)
+
+        return run
 
     return {
         "tpu": Kernel("tpu", body("tpu"), interpreted_by="interpret"),
