@@ -262,8 +262,8 @@ def _kernels(direction: str) -> dict[str, Kernel]:
         kernel = lazy_body(f"pallas_kernels.flash.{module}", direction)
 
         def run(operands: Any, spec: FlashSpec, target: Target) -> Any:
-            arrays = (operands[name] for name in ("query", "key", "value"))
-            config = tune.flash_config(module, target, *arrays, spec.config)
+            query, key, value = (operands[name] for name in ("query", "key", "value"))
+            config = tune.flash_config(module, target, query, key, value, spec.config)
             return kernel(operands, dataclasses.replace(spec, config=config), target)
 
         return run

@@ -21,6 +21,12 @@ from pallas_kernels.neighborhood.spec import NeighborhoodSpec
 HeadGroups = Sequence[tuple[int, Mapping[str, Any]]]
 """(number of query heads, options of their windows) of consecutive groups of heads."""
 
+LEAST_BLOCK = 256
+"""Smallest tile of the kernel that a neighborhood asks for, in tokens."""
+
+OVERHEAD = (1.15, 1.6)
+"""Computed pairs per visible pair that larger tiles may cost, with a stride and without."""
+
 WINDOW_OPTIONS = ("kernel_size", "stride", "dilation", "is_causal", "rel_bias", "q_tile", "kv_tile")
 """Options that may differ by group of heads."""
 
@@ -210,14 +216,27 @@ def _one_group(
 
 
 def _config(config: FlashConfig | None, spec: NeighborhoodSpec) -> FlashConfig | None:
-    """Tiles of the kernel: those that were asked for, else its own choice."""
-    if not spec.fixed:
-        return config
+    """Tiles of the kernel: those that were asked for, else its own choice of no more than needed.
+
+    Larger tiles take fewer steps, but windows fill them badly.
+    """
     config = config or FlashConfig()
+    if not spec.fixed:
+        if spec.is_full or config.block_q or config.block_kv or config.options:
+            return config
+        largest = _largest_block(spec)
+        return dataclasses.replace(config, options=(("largest_block", largest),))
     block_q, block_kv = spec.block_sizes
     return dataclasses.replace(
         config, block_q=config.block_q or block_q, block_kv=config.block_kv or block_kv
     )
+
+
+def _largest_block(spec: NeighborhoodSpec) -> int:
+    sizes = [n for n in spec.box_sizes if n >= LEAST_BLOCK]
+    found = {n: spec.efficiency(n, n).overhead for n in sizes}
+    most = OVERHEAD[0] if max(spec.stride) > 1 else OVERHEAD[1]
+    return max((n for n, overhead in found.items() if overhead <= most), default=LEAST_BLOCK)
 
 
 def _spec(query: jax.Array, layout: TokenLayout | None, **window: Any) -> NeighborhoodSpec:

@@ -109,6 +109,12 @@ class NeighborhoodSpec:
         """(queries, keys) of a smallest tile, in tokens."""
         return math.prod(self.q_tile), math.prod(self.kv_tile)
 
+    @property
+    def box_sizes(self) -> tuple[int, ...]:
+        """Sizes of blocks, in tokens, that are boxes of queries and boxes of keys."""
+        q, k = (set(_sizes(layout)) for layout in (self.q_layout, self.kv_layout))
+        return tuple(sorted(q & k))
+
     def mask(self, batch: int = 1, additional: int = 0) -> NeighborhoodMask:
         """The mask in tile order.
 
@@ -149,12 +155,15 @@ class NeighborhoodSpec:
             )
 
 
+def _sizes(layout: TokenLayout) -> list[int]:
+    return [math.prod(layout.tile) << level for level in range(len(layout.splits) + 1)]
+
+
 def _box(name: str, layout: TokenLayout, size: int | None) -> tuple[int, ...]:
     """Shape of the box that `size` consecutive slots are."""
-    tile = math.prod(layout.tile)
-    sizes = [tile << level for level in range(len(layout.splits) + 1)]
+    sizes = _sizes(layout)
     if size is not None and size not in sizes:
         raise ValueError(
             f"NeighborhoodSpec: {name}={size} is no box of this tile order; use one of {sizes}."
         )
-    return layout.block(sizes.index(size or tile))
+    return layout.block(sizes.index(size or sizes[0]))
