@@ -147,7 +147,7 @@ def define_primitive(
             body = lower(_platform, device, lowering_devices(ctx))
             # inside shard_map the body computes on this device's share alone
             ctx = ctx.replace(avals_in=[_local(a) for a in ctx.avals_in])
-            with tracing_for(device):
+            with tracing_for(device), _without_axis_types():
                 return mlir.lower_fun(body, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, rule, platform=platform)
@@ -166,6 +166,14 @@ def shaped(shape: Any, dtype: Any, like: Sequence[Any]) -> Any:
     spec = jax.sharding.PartitionSpec(*[None] * len(shape))
     given["sharding"] = sharding.update(spec=spec)
     return ShapedArray(shape, dtype, **given)
+
+
+def _without_axis_types() -> contextlib.AbstractContextManager[Any]:
+    """Inside `shard_map` kernels need not say over which mesh axes their results vary."""
+    from jax._src import config
+
+    check = getattr(config, "_check_vma", None)
+    return contextlib.nullcontext() if check is None else check(False)
 
 
 def _local(aval: Any) -> Any:

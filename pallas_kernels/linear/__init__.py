@@ -3,5 +3,4 @@
 from pallas_kernels.linear.core import linear_recurrence as linear_recurrence
 from pallas_kernels.linear.spec import LinearSpec as LinearSpec
 from pallas_kernels.linear.spec import Operands as Operands
-from pallas_kernels.linear.spec import pick_chunk as pick_chunk
 from pallas_kernels.linear.step import linear_step as linear_step

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear import chunk as tile
+from pallas_kernels.linear import gradients
 from pallas_kernels.linear.chunk import Chunk
 from pallas_kernels.linear.spec import LinearSpec, Operands
 from pallas_kernels.linear.xla import Chunks
@@ -42,25 +43,23 @@ def linear_bwd(
     delta = operands.beta is not None
     chunks = Chunks(operands, spec, strict=not delta)
     out_grad = chunks.pad(out_grad)
-    last, states = _chunk_states(chunks)
+    states = _chunk_states(chunks)
 
     def step(carry, xs):
-        d_state, after, sums = carry
+        d_state, sums = carry
         n, state = xs
         grads = _delta_grads if delta else _chunk_grads
-        d_state, parts, more = grads(chunks, n, state, after, d_state, chunks.take(out_grad, n))
+        d_state, parts, more = grads(chunks, n, state, d_state, chunks.take(out_grad, n))
         sums = {name: sums[name] + more[name] for name in sums}
-        return (d_state, state, sums), {name: jnp.swapaxes(x, 1, 2) for name, x in parts.items()}
+        return (d_state, sums), {name: jnp.swapaxes(x, 1, 2) for name, x in parts.items()}
 
     sums = {}
     if chunks.per_head:
         sums["decay"] = jnp.zeros(operands.decay.shape, chunks.dtype)
     if operands.bonus is not None:
         sums["bonus"] = jnp.zeros(operands.bonus.shape, chunks.dtype)
-    carry = (state_grad.astype(chunks.dtype), last, sums)
-    (d_state, _, sums), parts = lax.scan(
-        step, carry, (jnp.arange(chunks.count), states), reverse=True
-    )
+    carry = (state_grad.astype(chunks.dtype), sums)
+    (d_state, sums), parts = lax.scan(step, carry, (jnp.arange(chunks.count), states), reverse=True)
 
     grads = {name: chunks.join(x) for name, x in parts.items()} | sums
     for name in ("beta", "decay"):
@@ -72,8 +71,8 @@ def linear_bwd(
     return Operands(**grads)
 
 
-def _chunk_states(chunks: Chunks) -> tuple[jax.Array, jax.Array]:
-    """The final state and the state before every chunk, [n, b, h, k, v]."""
+def _chunk_states(chunks: Chunks) -> jax.Array:
+    """The state before every chunk, [n, b, h, k, v]."""
 
     def step(state, n):
         x, d = chunks.load(n)
@@ -84,33 +83,24 @@ def _chunk_states(chunks: Chunks) -> tuple[jax.Array, jax.Array]:
         )
         return after, state
 
-    return lax.scan(step, chunks.initial_state(), jnp.arange(chunks.count))
+    return lax.scan(step, chunks.initial_state(), jnp.arange(chunks.count))[1]
 
 
 def _chunk_grads(
     chunks: Chunks,
     n: jax.Array,
     state: jax.Array,
-    after: jax.Array,
     d_state: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """Gradient of the state before chunk n, gradients by token, and sums over tokens."""
     x, d = chunks.load(n)
-    a, pull = jax.vjp(lambda q, k: tile.scores(q, k, d), x.q, x.k)
-    dq, dk = pull(jnp.einsum("rhiv,rhjv->rhij", d_out, x.v))
-    dq = dq + tile.times(d.row, jnp.einsum("rhiv,rhkv->rhik", d_out, state))
-    dk = dk + tile.times(d.col, jnp.einsum("rhjv,rhkv->rhjk", x.v, d_state))
-    dv = jnp.einsum("rhij,rhiv->rhjv", a, d_out) + jnp.einsum(
-        "rhjk,rhkv->rhjv", tile.times(d.col, x.k), d_state
-    )
-    before = tile.times(d.whole, d_state) + jnp.einsum(
-        "rhik,rhiv->rhkv", tile.times(d.row, x.q), d_out
-    )
+    g = gradients.chunk_grads(state, x, d, d_out, d_state)
+    dq, dk, dv = g.q, g.k, g.v
 
     parts, sums = {}, {}
-    if x.b is not None:
-        db = _decay_grad(x, dq, dk, jnp.sum(after * d_state, axis=-1)[..., None, :])
+    if x.b is not None and d.whole is not None:
+        db = _decay_grad(x, *gradients.decay_grad(x, g, state, d.whole, d_state))
         if chunks.per_head:
             sums["decay"] = jnp.sum(db * chunks.elapsed(n)[None], axis=(0, 2, 3))
         else:
@@ -124,12 +114,11 @@ def _chunk_grads(
     dk = dk + p * (x.q if x.bonus is None else x.q * x.bonus[None])
     dq = dq + p * weight
     parts |= {"query": dq * jnp.asarray(chunks.scale, chunks.dtype), "key": dk, "value": dv}
-    return before, parts, sums
+    return g.state, parts, sums
 
 
-def _decay_grad(x: Chunk, dq: jax.Array, dk: jax.Array, at_end: jax.Array) -> jax.Array:
+def _decay_grad(x: Chunk, plus: jax.Array, minus: jax.Array, at_end: jax.Array) -> jax.Array:
     """Gradient of the cumulative decays of a chunk: [r, h, c, 1 or k]."""
-    plus, minus = x.q * dq, x.k * dk
     if x.b.shape[-1] == 1:
         plus, minus, at_end = (jnp.sum(y, axis=-1, keepdims=True) for y in (plus, minus, at_end))
     if x.bonus is not None:  # queries saw the decay up to the token before
@@ -142,12 +131,10 @@ def _delta_grads(
     chunks: Chunks,
     n: jax.Array,
     state: jax.Array,
-    after: jax.Array,
     d_state: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """As `_chunk_grads`, by differentiating the chunk's forward computation."""
-    del after
     x = chunks.chunk(n)
     names = {"query": x.q, "key": x.k, "value": x.v, "beta": x.beta}
     if x.b is not None:

@@ -9,13 +9,14 @@ no gradient is NaN.
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear.spec import SUB_CHUNK
+from pallas_kernels.tilemath import accumulator_dtype
 
 
 class Chunk(NamedTuple):
@@ -110,7 +111,10 @@ def decay_factors(x: Chunk, *, strict: bool, pair: jax.Array | None = None) -> D
 
     b_row = None if x.b is None else (shift_down(x.b) if exclusive else x.b)
     if pair is None:
-        pair = pair_decay(None if per_channel else x.b, b_row, visible, dtype)
+        exponent = None
+        if x.b is not None and b_row is not None and not per_channel:
+            exponent = total(b_row - jnp.swapaxes(x.b, -1, -2))
+        pair = pair_decay(exponent, visible, dtype)
     elif x.runs is not None:
         pair = times(pair, visible.astype(dtype))
 
@@ -130,13 +134,16 @@ def decay_factors(x: Chunk, *, strict: bool, pair: jax.Array | None = None) -> D
     return Decays(pair, row, col, whole, *((b_row, x.b) if per_channel else (None, None)))
 
 
-def pair_decay(
-    b: jax.Array | None, b_row: jax.Array | None, visible: jax.Array, dtype
-) -> jax.Array:
-    """exp(b_row_i - b_j) where visible, else 0: [..., c, c]. Without `b` the mask itself."""
-    if b is None or b_row is None:
+def pair_decay(exponent: jax.Array | None, visible: jax.Array, dtype: Any) -> jax.Array:
+    """exp(b_i - b_j) where visible, else 0: [..., c, c].
+
+    Args:
+      exponent: b_i - b_j, [..., c, c]; None without decays, which gives the mask itself.
+      visible: boolean, [..., c, c] of no more axes.
+      dtype: of the mask itself.
+    """
+    if exponent is None:
         return visible.astype(dtype)
-    exponent = total(b_row - jnp.swapaxes(b, -1, -2))
     mask = visible.reshape((1,) * (exponent.ndim - visible.ndim) + visible.shape)
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
@@ -155,11 +162,27 @@ def times(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     return a.reshape((1,) * (n - a.ndim) + a.shape) * b.reshape((1,) * (n - b.ndim) + b.shape)
 
 
+def product(equation: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
+    """Einsum of `a` and `b` rounded to `dtype` (None: that of `a`), summed in float32 or wider."""
+    dtype = a.dtype if dtype is None else dtype
+    return jnp.einsum(
+        equation,
+        a.astype(dtype),
+        b.astype(dtype),
+        preferred_element_type=accumulator_dtype(dtype),
+    )
+
+
+def weigh(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    """The product factor * x in the type of the factor, which may be wider; None means 1."""
+    return x if factor is None else times(factor, x.astype(factor.dtype))
+
+
 def scores(q: jax.Array, k: jax.Array, d: Decays) -> jax.Array:
-    """A_ij = sum_x q_ix k_jx exp(b_ix - b_jx), 0 where j is not visible to i: [r, h, c, c]."""
+    """A_ij = sum_x q_ix k_jx exp(b_ix - b_jx), 0 where j is not visible to i: [..., c, c]."""
     if d.b is not None:
         return times(_channel_scores(q, k, d), d.pair)
-    return times(jnp.einsum("rhix,rhjx->rhij", q, k), d.pair)
+    return times(product("...ix,...jx->...ij", q, k), d.pair)
 
 
 def _channel_scores(q: jax.Array, k: jax.Array, d: Decays) -> jax.Array:
@@ -197,15 +220,34 @@ def _channel_scores(q: jax.Array, k: jax.Array, d: Decays) -> jax.Array:
     return jnp.concatenate(rows, axis=-2)
 
 
+def read_state(
+    factor: jax.Array | None, x: jax.Array, state: jax.Array, *, by_channel: bool
+) -> jax.Array:
+    """Reads factor_i sum_k x_ik S_kv: [..., c, v].
+
+    A factor by token is applied to the product, which rounds nothing; one by channel cannot be.
+    """
+    if by_channel:
+        return product("...ik,...kv->...iv", weigh(factor, x), state, x.dtype)
+    return times(product("...ik,...kv->...iv", x, state), factor)
+
+
+def write_state(
+    whole: jax.Array | None, state: jax.Array, factor: jax.Array | None, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """The next state, whole * S + sum_j factor_j k_j v_j^T: [..., k, v]."""
+    return times(whole, state) + product("...jk,...jv->...kv", weigh(factor, k), v, v.dtype)
+
+
 def next_state(state: jax.Array, k: jax.Array, v: jax.Array, d: Decays) -> jax.Array:
-    """The state after the chunk: [r, h, k, v]."""
-    return times(d.whole, state) + jnp.einsum("rhjk,rhjv->rhkv", times(d.col, k), v)
+    """The state after the chunk: [..., k, v]."""
+    return write_state(d.whole, state, d.col, k, v)
 
 
 def forward_chunk(state: jax.Array, x: Chunk, d: Decays) -> jax.Array:
-    """Output [r, h, c, v] of one chunk, no delta rule. `d` is strict when there is a bonus."""
-    out = jnp.einsum("rhij,rhjv->rhiv", scores(x.q, x.k, d), x.v)
-    out = out + jnp.einsum("rhik,rhkv->rhiv", times(d.row, x.q), state)
+    """Output [..., c, v] of one chunk, no delta rule. `d` is strict when there is a bonus."""
+    out = product("...ij,...jv->...iv", scores(x.q, x.k, d), x.v, x.v.dtype)
+    out = out + read_state(d.row, x.q, state, by_channel=d.b is not None)
     if x.bonus is not None:
         out = out + jnp.sum(x.q * x.k * x.bonus[None], axis=-1, keepdims=True) * x.v
     return out
@@ -214,11 +256,12 @@ def forward_chunk(state: jax.Array, x: Chunk, d: Decays) -> jax.Array:
 def delta_chunk(state: jax.Array, x: Chunk, d: Decays) -> tuple[jax.Array, jax.Array]:
     """Next state and output [r, h, c, v] of one chunk of the delta rule.
 
-    What the tokens of the chunk write, n_i = beta_i (v_i - S_i'^T k_i) with S_i' the state that
-    token i
-    finds, solves a unit lower triangular system: (I + L) N = diag(beta) (V - (K * e^b) S), L_ij =
-      beta_i A_ij
-    for i > j, with A the decayed products of the keys.
+    The tokens of the chunk write n_i = beta_i (v_i - S_i'^T k_i), with S_i' the state that token i
+    finds. They solve a unit lower triangular system,
+
+        (I + L) N = diag(beta) (V - (K * e^b) S)        L_ij = beta_i A_ij for i > j, else 0
+
+    with A the decayed products of the keys.
     """
     c = x.q.shape[-2]
     below = jnp.tri(c, k=-1, dtype=x.q.dtype)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear.spec import LinearSpec, Operands
+from pallas_kernels.linear.spec import LinearSpec, Operands, pick_chunk
 
 CACHE_ELEMENTS = 1 << 17
 """Elements of one chunk of the queries above which the rows are split (512 KiB in float32)."""
@@ -24,7 +24,9 @@ CACHE_ELEMENTS = 1 << 17
 def rows_per_step(operands: Operands, spec: LinearSpec) -> int:
     """The number of batch rows, a divisor of b, whose chunk of queries fits into the cache."""
     b, _, h, k = operands.query.shape
-    most = max(1, CACHE_ELEMENTS // (spec.chunk_size * h * max(k, operands.value.shape[-1])))
+    most = max(
+        1, CACHE_ELEMENTS // (pick_chunk(operands, spec) * h * max(k, operands.value.shape[-1]))
+    )
     return max(r for r in range(1, b + 1) if b % r == 0 and r <= most)
 
 

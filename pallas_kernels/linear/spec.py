@@ -15,7 +15,7 @@ The state S is [k, v] per batch row and head, and queries read it: o_t = scale *
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +65,35 @@ class LinearSpec:
     """Static options, hashable.
 
     Attributes:
-      chunk_size: tokens per chunk.
+      chunk_size: tokens per chunk; None is the default of the platform. Kernels round it up.
       scale: factor on the output.
+      implementation: what to run, see `pallas_kernels.dispatch`; None chooses.
     """
 
-    chunk_size: int
+    chunk_size: int | None
     scale: float
+    implementation: str | None = None
 
 
-def pick_chunk(chunk_size: int | None, length: int, *, per_channel: bool) -> int:
-    """The chunk length in tokens that is really used.
+def default_chunk(platform: str, dtype: Any) -> int:
+    """Tokens per chunk where nobody asked for a number.
+
+    A token costs c (k + v) + 2 k v products with chunks of c tokens: the unit of a TPU multiplies
+    128 rows at a time, a GPU keeps its [c, c] tiles in registers.
+    """
+    if platform == "tpu":
+        return 128
+    return 32 if platform == "cuda" and jnp.dtype(dtype).itemsize > 2 else 64
+
+
+def pick_chunk(operands: Operands, spec: LinearSpec) -> int:
+    """The chunk length in tokens that the XLA body really uses.
 
     Per-channel decays work in tiles of `SUB_CHUNK` rows, so that a longer chunk is rounded up to a
-    multiple of it. A chunk is never longer than the (rounded) sequence. None picks 64.
+    multiple of it. A chunk is never longer than the (rounded) sequence.
     """
-    c = max(1, min(64 if chunk_size is None else chunk_size, length))
-    if per_channel and c > SUB_CHUNK:
+    wanted = default_chunk("xla", operands.dtype) if spec.chunk_size is None else spec.chunk_size
+    c = max(1, min(wanted, operands.query.shape[1]))
+    if operands.decay is not None and operands.decay.ndim == 4 and c > SUB_CHUNK:
         c = -(-c // SUB_CHUNK) * SUB_CHUNK
     return c

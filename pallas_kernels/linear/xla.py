@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.linear import chunk as tile
 from pallas_kernels.linear.chunk import Chunk, Decays
-from pallas_kernels.linear.spec import LinearSpec, Operands
+from pallas_kernels.linear.spec import LinearSpec, Operands, pick_chunk
 
 
 def linear_fwd(operands: Operands, spec: LinearSpec) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +45,7 @@ class Chunks:
 
     def __init__(self, operands: Operands, spec: LinearSpec, *, strict: bool):
         self.operands, self.scale, self.strict = operands, spec.scale, strict
-        self.size, self.length = spec.chunk_size, operands.query.shape[1]
+        self.size, self.length = pick_chunk(operands, spec), operands.query.shape[1]
         self.count = max(1, -(-self.length // self.size))
         self.dtype = operands.dtype
         decay = operands.decay
@@ -138,4 +138,4 @@ class Chunks:
         steps = jnp.arange(self.size).astype(self.dtype)
         b = (steps[None, :, None] * self._head_decay())[None]
         b_row = b - self._head_decay()[None] if self.operands.bonus is not None else b
-        return tile.pair_decay(b, b_row, visible, self.dtype)
+        return tile.pair_decay(tile.total(b_row - jnp.swapaxes(b, -1, -2)), visible, self.dtype)

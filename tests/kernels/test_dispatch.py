@@ -151,19 +151,20 @@ def test_vmap_becomes_batch_rows(name):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_works_on_each_share(check_vma):
+@pytest.mark.parametrize("implementation", ["block_sparse", "interpret_triton"])
+def test_shard_map_works_on_each_share(check_vma, implementation):
     mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
     q, k, v = qkv(2, h=4, g=2)
     spec = P("data", None, "heads", None)
 
-    def loss(q, k, v):
-        return (aj.attention(q, k, v, is_causal=True, implementation="block_sparse") ** 2).sum()
+    def loss(q, k, v, implementation="block_sparse"):
+        return (aj.attention(q, k, v, is_causal=True, implementation=implementation) ** 2).sum()
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=P(), check_vma=check_vma
     )
     def share(q, k, v):
-        return jax.lax.psum(loss(q, k, v), ("data", "heads"))
+        return jax.lax.psum(loss(q, k, v, implementation), ("data", "heads"))
 
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v)]
     got = jax.jit(jax.value_and_grad(share, argnums=(0, 1, 2)))(*placed)

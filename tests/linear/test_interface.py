@@ -116,7 +116,8 @@ def test_no_tokens():
         ({"segment_ids": np.zeros((2, 7), np.int32)}, "segment_ids must have shape", ValueError),
         ({"segment_ids": np.zeros((2, 8), np.float32)}, "must be integers", TypeError),
         ({"chunk_size": 0}, "chunk_size=0", ValueError),
-        ({"implementation": "triton"}, "implementation='triton'", ValueError),
+        ({"implementation": "trident"}, "implementation='trident'", ValueError),
+        ({"implementation": "pallas"}, "no Pallas kernel for cpu", NotImplementedError),
         (
             {"beta": np.zeros((2, 8, 2), np.float32), "bonus": np.zeros((2, 6), np.float32)},
             "exclude each other",

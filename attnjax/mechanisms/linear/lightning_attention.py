@@ -50,6 +50,7 @@ def lightning_attention(
     segment_ids: Int[Array, "b t"] | None = None,
     valid: Bool[Array, "b t"] | None = None,
     chunk_size: int | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Causal linear attention with a fixed exponential decay per head.
 
@@ -64,7 +65,9 @@ def lightning_attention(
       segment_ids: packed documents; see `linear_attention`.
       valid: False marks padding: it is not written and does not decay the state; the output there
         is meaningless.
-      chunk_size: tokens per chunk; None is 64. Changes speed and rounding only. Paper: 64 to 256.
+      chunk_size: tokens per chunk; None chooses by device. Changes speed and rounding only. Paper:
+        64 to 256.
+      implementation: None chooses by platform; "xla", "pallas" or a kernel by name.
 
     Returns:
       Output in the dtype of `value`; with `return_state` also the state, float32 or wider. The
@@ -86,6 +89,7 @@ def lightning_attention(
     return linear_attention(
         query, key, value, decay=decay, initial_state=initial_state, return_state=return_state,
         segment_ids=segment_ids, chunk_size=chunk_size, scale=1.0,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -170,7 +174,7 @@ class LightningAttention(nnx.Module):
         models: first layer only.
       norm: SRMS over the merged heads before the gate.
       gate: multiply by u, a linear map of the input, before the output projection.
-      chunk_size: tokens per chunk; None is 64.
+      chunk_size: tokens per chunk; None chooses by device.
       dtype: of the computation; None promotes inputs and parameters.
       param_dtype: of the parameters.
       precision: of the projections.
