@@ -13,7 +13,7 @@ TESTS ?= tests
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint format types docs docs-serve readme notebooks bench wheel dev clean \
-  aot portability tpu-static
+  aot portability tpu-static gpu-smoke
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ portability: $(AOT)/.stamp  ## Compile every kernel for every TPU and GPU, none 
 
 tpu-static: $(AOT)/.stamp  ## Scheduled instructions of the TPU kernels beside splash attention's
 	$(WITH_AOT) $(BIN)/python -m benchmarks tpu-static --out $(OUT)/benchmarks $(ARGS)
+
+gpu-smoke: $(VENV)/.dev-stamp  ## Run the GPU benchmark with tiny sizes on the CPU
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks gpu --smoke --out $(OUT)/benchmarks
 
 wheel: $(VENV)/.dev-stamp  ## Build the wheel and try it outside the checkout
 	rm -rf dist $(OUT)/wheel

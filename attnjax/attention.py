@@ -243,7 +243,7 @@ def _explain(call: _Call, target: dispatch.Target) -> Explanation:
         target,
     )  # fmt: skip
     visited = unmasked = None
-    if found.lists is not None and found.lists.is_static:
+    if found.lists.is_static:
         stats = found.lists.stats()
         visited = stats["density"]
         unmasked = 0.0 if call.mask_array is not None else stats["full"] / max(stats["visited"], 1)

@@ -117,7 +117,7 @@ def _fla(p: Problem) -> Call | str:
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed"
     try:
-        from fla.ops.simple_gla import chunk_simple_gla
+        from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
     except Exception as problem:
         return f"flash-linear-attention does not load: {problem}"
     gamma = torch.from_numpy(-np.asarray(lightning_slopes(p.heads), np.float32)).to(device())

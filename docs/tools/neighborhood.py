@@ -105,7 +105,7 @@ def _grid(axis: Any, side: int, step: int) -> None:
 def table() -> str:
     """Pairs computed per visible pair, by block size, and tiles without a mask."""
     lines = [
-        "| map | kernel_size | stride | visible | 128 x 128 | without a mask | 512 x 512 | "
+        "| map | kernel_size | stride | visible | 128 x 128 | without a mask | 256 x 256 | "
         "without a mask |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -113,7 +113,7 @@ def table() -> str:
         spec = NeighborhoodSpec(shape, window, stride)
         cells = [" x ".join(map(str, shape)), str(window), str(stride)]
         cells.append(f"{spec.efficiency().ideal:.1%}")
-        for size in (128, 512):
+        for size in (128, 256):
             found = spec.efficiency(size, size)
             cells += [f"{found.overhead:.2f}", f"{found.full:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")

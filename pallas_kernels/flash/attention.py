@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels import tilemath, tune
 from pallas_kernels.blocklist import BlockList
 from pallas_kernels.dispatch import Kernel, Operation, Target, check_implementation, lazy_body
 from pallas_kernels.flash import xla
+from pallas_kernels.flash.lists import make_lists
 from pallas_kernels.flash.spec import FlashConfig, FlashSpec
 from pallas_kernels.maskprogram import MaskProgram
 from pallas_kernels.modtrace import evaluate_reads, trace_predicate, trace_score_mod
@@ -146,23 +148,27 @@ def prepare(
 
 
 class Explained(NamedTuple):
-    """What runs: the body, why not the platform's kernel, and the tiles of the XLA body."""
+    """What runs: the body, why not the platform's kernel, and the forward pass's tiles."""
 
     body: str
     reason: str
-    block_q: int | None
-    block_kv: int | None
-    lists: BlockList | None
+    block_q: int
+    block_kv: int
+    lists: BlockList
 
 
 def explain_flash(inputs: Inputs, others: Inputs, spec: FlashSpec, target: Target) -> Explained:
     """Which body a call prepared by `prepare` takes on a target, and why."""
     operands = {**inputs, **others}
     body, reason = _forward.why_not(operands, spec, target)
-    if body != "xla":
-        return Explained(body, reason, None, None, None)
-    _, tiling, _ = xla.plan(operands, spec)
-    return Explained(body, reason, tiling.block_q, tiling.block_kv, tiling.lists)
+    if body == "xla":
+        _, tiling, _ = xla.plan(operands, spec)
+        return Explained(body, reason, tiling.block_q, tiling.block_kv, tiling.lists)
+    spec = _tuned(body, operands, spec, target)
+    module = importlib.import_module(f"pallas_kernels.flash.{body}")
+    block_q, block_kv = module.forward_tiles(operands, spec, target)
+    lists = make_lists(operands, spec, block_q, block_kv)
+    return Explained(body, reason, block_q, block_kv, lists)
 
 
 def _shapes_forward(operands: Any, spec: FlashSpec) -> Any:
@@ -262,9 +268,7 @@ def _kernels(direction: str) -> dict[str, Kernel]:
         kernel = lazy_body(f"pallas_kernels.flash.{module}", direction)
 
         def run(operands: Any, spec: FlashSpec, target: Target) -> Any:
-            query, key, value = (operands[name] for name in ("query", "key", "value"))
-            config = tune.flash_config(module, target, query, key, value, spec.config)
-            return kernel(operands, dataclasses.replace(spec, config=config), target)
+            return kernel(operands, _tuned(module, operands, spec, target), target)
 
         return run
 
@@ -273,6 +277,13 @@ def _kernels(direction: str) -> dict[str, Kernel]:
         "triton": Kernel("cuda", body("triton"), interpreted_by="interpret_triton"),
         "mosaic_gpu": Kernel("cuda", body("mosaic_gpu"), default=False),
     }
+
+
+def _tuned(body: str, operands: Any, spec: FlashSpec, target: Target) -> FlashSpec:
+    """The call with measured tile sizes where none were asked for."""
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    config = tune.flash_config(body, target, query, key, value, spec.config)
+    return dataclasses.replace(spec, config=config)
 
 
 _forward = Operation("attn_fwd", xla.forward, _shapes_forward, _kernels("forward"), fold=_fold)

@@ -83,6 +83,12 @@ def backward(operands: Operands, spec: FlashSpec, target: Target, hw: Any = None
     return grads | collect(found, operands, spec, queries)
 
 
+def forward_tiles(operands: Operands, spec: FlashSpec, target: Target) -> tuple[int, int]:
+    """(block_q, block_kv) of the forward kernel, in tokens."""
+    tiling = _forward_tiling(spec, *_head_sizes(operands))
+    return tiling.rows, tiling.columns
+
+
 def _launch(hw: Any, kernel: Kernel, inputs: Prepared) -> dict[str, jax.Array]:
     return (hw or Hopper()).launch(kernel, inputs.arrays)
 

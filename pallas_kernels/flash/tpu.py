@@ -78,6 +78,11 @@ def backward(operands: Operands, spec: FlashSpec, target: Target) -> dict[str, A
     return _results(operands, spec, found)
 
 
+def forward_tiles(operands: Operands, spec: FlashSpec, target: Target) -> tuple[int, int]:
+    """(block_q, block_kv) of the forward kernel, in tokens."""
+    return tpu_blocks.choose_blocks(operands, spec, "forward", _dtype(operands))
+
+
 def _results(operands: Operands, spec: FlashSpec, found: dict[str, Any]) -> dict[str, Any]:
     out = {name: found[name] for name in ("query", "key", "value")}
     bias = operands["bias"]
@@ -110,7 +115,7 @@ def _check(operands: Operands, spec: FlashSpec) -> None:
 def _plan(operands: Operands, spec: FlashSpec, target: Target, kernel: str) -> Plan:
     """Sizes of one of the kernels, within the target's vector memory."""
     q, k, v = (operands[n] for n in ("query", "key", "value"))
-    dtype = q.dtype if q.dtype == k.dtype == v.dtype else jnp.dtype(jnp.float32)
+    dtype = _dtype(operands)
     block_q, block_kv = tpu_blocks.choose_blocks(operands, spec, kernel, dtype)
     d, e = (-(-n // LANES) * LANES for n in (q.shape[3], v.shape[3]))
     sub_q, sub_kv = _parts(spec, kernel, block_q, block_kv)
@@ -130,6 +135,12 @@ def _plan(operands: Operands, spec: FlashSpec, target: Target, kernel: str) -> P
 def _parts(spec: FlashSpec, kernel: str, block_q: int, block_kv: int) -> tuple[int, int]:
     sub_q, sub_kv = tpu_blocks.part_sizes(kernel, block_q, block_kv)
     return spec.config.option("sub_q") or sub_q, spec.config.option("sub_kv") or sub_kv
+
+
+def _dtype(operands: Operands) -> Any:
+    """Type of the products: float32 where the operands differ."""
+    types = {operands[name].dtype for name in ("query", "key", "value")}
+    return types.pop() if len(types) == 1 else jnp.dtype(jnp.float32)
 
 
 def _precision(spec: FlashSpec, dtype: Any) -> Any:

@@ -127,6 +127,12 @@ def _summed(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.sum(axis=axes, keepdims=True)
 
 
+def forward_tiles(operands: Operands, spec: FlashSpec, target: Target) -> tuple[int, int]:
+    """(block_q, block_kv) of the forward kernel, in tokens."""
+    config = _check(operands, spec, target).forward
+    return config.block_q, config.block_kv
+
+
 def _check(operands: Operands, spec: FlashSpec, target: Target) -> TritonConfig:
     """The tile sizes of a call that the kernels can do.
 

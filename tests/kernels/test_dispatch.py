@@ -188,7 +188,29 @@ def test_new_values_of_captured_arrays_do_not_retrace():
     assert not compiled
 
 
-def test_segments_of_a_target_are_explained():
+@pytest.mark.parametrize(
+    ("target", "implementation", "body"),
+    [
+        (Target("tpu", "TPU v5 lite"), None, "tpu"),
+        (Target("cuda", "NVIDIA H100 80GB HBM3", 1, (9, 0)), None, "triton"),
+        (Target("cuda", "NVIDIA H100 80GB HBM3", 1, (9, 0)), "mosaic_gpu", "mosaic_gpu"),
+        (Target("cuda", "Tesla T4", 1, (7, 5)), None, "xla"),
+        (Target("tpu", "TPU v5 lite", 8), None, "xla"),
+        (Target("cpu", "cpu"), None, "xla"),
+    ],
+)
+def test_every_device_is_explained(target, implementation, body):
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    options = {"implementation": implementation, "target": target}
+    found = aj.explain(x, x, x, mask=Causal() & Window(512), **options)
+    assert found.body == body
+    assert found.block_q % 16 == 0 and 0 < found.visited < 0.5
+    assert (body == "xla") == bool(found.body_reason)
+    if target.num_devices > 1:
+        assert "attnjax.parallel" in str(found)
+
+
+def test_traced_masks_are_explained():
     q, k, v = qkv(1)
     mask = Segments(jnp.zeros((1, 70), jnp.int32))
     found = aj.explain(q, k, v, mask=mask, implementation="block_sparse")

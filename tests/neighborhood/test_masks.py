@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 from pallas_kernels.blocklist import block_list
+from pallas_kernels.flash import FlashSpec
+from pallas_kernels.flash.tpu_blocks import choose_blocks
 from pallas_kernels.maskprogram import EMPTY, FULL
 from pallas_kernels.neighborhood import (
     NeighborhoodSpec,
@@ -18,6 +21,7 @@ from pallas_kernels.neighborhood import (
     token_layout,
     unpermute_tokens,
 )
+from pallas_kernels.neighborhood.attention import _config as kernel_config
 from pallas_kernels.neighborhood.boxes import Boxes, pack, visible
 from pallas_kernels.neighborhood.windows import Axis
 from tests.neighborhood.naive import axis_mask, dense_mask, random_case
@@ -269,3 +273,17 @@ def test_wrong_arrays_for_a_layout():
         permute_tokens(jnp.zeros((1, 6, 4, 2)), layout)
     with pytest.raises(ValueError, match=r"unpermute_tokens: x must have shape \[batch, 24"):
         unpermute_tokens(jnp.zeros((1, 25, 2)), layout)
+
+
+@pytest.mark.parametrize(("stride", "most"), [(1, 1.6), (16, 1.15)])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_tpu_kernels_take_tiles_that_windows_fill(stride, most, kernel):
+    """Pairs computed per visible pair on a 256 x 256 map, with the tiles that a TPU chooses."""
+    spec = NeighborhoodSpec((256, 256), 80, stride)
+    x = jax.ShapeDtypeStruct((1, 256 * 256, 24, 128), jnp.bfloat16)
+    operands = {"query": x, "key": x, "value": x, "mask": None, "mask_array": None}
+    call = FlashSpec(scale=1.0, mask=spec.mask(), q_offset=0, config=kernel_config(None, spec))
+    block_q, block_kv = choose_blocks(operands, call, kernel, jnp.dtype(jnp.bfloat16))
+    lists = block_list(spec.mask(), x.shape[1], x.shape[1], block_q=block_q, block_kv=block_kv)
+    visited = lists.stats()["visited"] * block_q * block_kv / x.shape[1] ** 2
+    assert visited <= most * spec.efficiency().ideal
