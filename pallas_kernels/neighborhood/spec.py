@@ -144,6 +144,26 @@ class NeighborhoodSpec:
         ]  # fmt: skip
         return tiles.efficiency(self.axes, boxes[0], boxes[1])
 
+    def permute_bytes(
+        self, heads: int, width: int, *, kv_heads: int | None = None, itemsize: int = 2
+    ) -> int:
+        """Bytes that one batch row's forward pass moves to reorder its tokens.
+
+        Queries, keys, values and the output are each read once and written once, the padding of
+        the tile order included; `pre_permuted` calls move nothing.
+
+        Args:
+          heads, kv_heads: of queries, and of keys and values; None is as many.
+          width: of a head.
+          itemsize: bytes of a number.
+        """
+        if self.order is not None:
+            return 0
+        tokens = math.prod(self.shape)
+        of_q, of_kv = (tokens + layout.length for layout in (self.q_layout, self.kv_layout))
+        kv_heads = heads if kv_heads is None else kv_heads
+        return 2 * (of_q * heads + of_kv * kv_heads) * width * itemsize
+
     @staticmethod
     def _check_order(order: TokenLayout, shape: tuple[int, ...], dilation: tuple[int, ...]) -> None:
         if order.shape != shape or order.dilation != dilation:

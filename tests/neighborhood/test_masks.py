@@ -249,6 +249,16 @@ def test_efficiency_of_larger_blocks():
         spec.efficiency(192)
 
 
+def test_bytes_of_the_tile_order():
+    spec = NeighborhoodSpec((256, 256), 80)
+    assert spec.permute_bytes(24, 128) == 4 * 2 * 256 * 256 * 24 * 128 * 2
+    layout = token_layout((256, 256), kernel_size=80)
+    assert NeighborhoodSpec((256, 256), 80, order=layout).permute_bytes(24, 128) == 0
+    padded = NeighborhoodSpec((17, 17), 5)
+    slots = padded.q_layout.length
+    assert padded.permute_bytes(1, 8, itemsize=4) == 4 * (17 * 17 + slots) * 8 * 4
+
+
 def test_a_large_map_is_formed_quickly():
     start = time.process_time()  # what the machine does besides does not count
     spec = NeighborhoodSpec((512, 512), (33, 47), (1, 2))
