@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from pallas_kernels import compat
+from pallas_kernels import compat, jaxprs
 from pallas_kernels.dispatch import Unsupported
 
 KINDS = ("scalar", "query", "key", "offset", "pair")
@@ -58,9 +57,6 @@ LACKING: dict[str, frozenset[str]] = {
     ),
 }
 """Elementwise primitives that the compiler of a backend does not have."""
-
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "remat2")
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 class Read(NamedTuple):
@@ -149,14 +145,16 @@ class TileProgram:
           [m, n] (or less where the function does not depend on all of it, for predicates).
         """
         first = (score,) if self.has_score else ()
-        return _evaluate(self.core, (*first, b, h, q, k, *self._cast(values)))[0]
+        return jaxprs.evaluate(self.core, (*first, b, h, q, k, *self._cast(values)))[0]
 
     def grad(
         self, score: Any, b: Any, h: Any, q: Any, k: Any, values: Sequence[Any], ct: Any
     ) -> tuple[jax.Array, list[jax.Array | None]]:
         """(d score [m, n], for each read d value [m, n] or None) of the cotangent ct [m, n]."""
         args = (score, b, h, q, k, *self._cast(values), ct)
-        d_score, *floats = (_full(x, jnp.shape(ct)) for x in _evaluate(self.derivative, args))
+        d_score, *floats = (
+            jaxprs.spread(x, jnp.shape(ct)) for x in jaxprs.evaluate(self.derivative, args)
+        )
         found = iter(floats)
         return d_score, [next(found) if f else None for f in self.is_float]
 
@@ -211,8 +209,10 @@ def trace_score_mod(
             "whole tiles."
         )
     consts = [jnp.asarray(c) for c in closed.consts]
-    flat = _flatten(lambda *xs: _run(closed.jaxpr, xs[5:], xs[:5], _CALLS), 5, consts, dtype)
-    return _build(flat, has_score=True, what="score_mod"), consts
+    flat, tables = _flatten(
+        lambda *xs: jaxprs.run(closed.jaxpr, xs[5:], xs[:5], jaxprs.CALLS), 5, consts, dtype
+    )
+    return _build(flat, has_score=True, what="score_mod"), tables
 
 
 def trace_predicate(mask: Any) -> tuple[TileProgram, list[Any]]:
@@ -228,9 +228,10 @@ def trace_predicate(mask: Any) -> tuple[TileProgram, list[Any]]:
     n = len(leaves)
 
     def run(*xs: Any) -> Any:
-        return _run(closed.jaxpr, xs[4 + n :], xs[: 4 + n], (*_CALLS, *_CUSTOM))
+        return jaxprs.run(closed.jaxpr, xs[4 + n :], xs[: 4 + n], (*jaxprs.CALLS, *jaxprs.CUSTOM))
 
-    return _build(_flatten(run, 4, consts, None), has_score=False, what="mask"), consts
+    flat, tables = _flatten(run, 4, consts, None)
+    return _build(flat, has_score=False, what="mask"), tables
 
 
 def evaluate_reads(
@@ -267,7 +268,7 @@ def evaluate_reads(
 def pair_values(read: Read, tables: Sequence[Any], b: Any, h: Any, q: Any, k: Any) -> jax.Array:
     """Values of a "pair" read on a tile: q and k broadcast against each other."""
     shape = np.broadcast_shapes(jnp.shape(q), jnp.shape(k))
-    q, k = (_full(x, shape).reshape(-1) for x in (q, k))
+    q, k = (jaxprs.spread(x, shape).reshape(-1) for x in (q, k))
     values = jax.vmap(lambda q, k: _value(read, b, h, q, k, tables))(q, k)
     return values.reshape(shape)
 
@@ -301,7 +302,7 @@ def _evaluate_read(read: Read, tables: Any, sizes: tuple[int, ...], offset: jax.
 
 def _value(read: Read, b: Any, h: Any, q: Any, k: Any, tables: Sequence[Any]) -> jax.Array:
     closed = read.jaxpr
-    value = _run(closed.jaxpr, closed.consts, (b, h, q, k, *map(jnp.asarray, tables)), ())[0]
+    value = jaxprs.run(closed.jaxpr, closed.consts, (b, h, q, k, *map(jnp.asarray, tables)), ())[0]
     if not read.is_float:
         return value.astype(jnp.int32)
     return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
@@ -325,11 +326,7 @@ def _build(jaxpr: Any, *, has_score: bool, what: str) -> TileProgram:
     depends: dict[Any, _Dependence] = {}
     for var, name in zip(jaxpr.invars, names, strict=False):
         affine = {"q": (1, 0), "k": (0, 1), "score": None}.get(name, (0, 0))
-        depends[var] = (
-            _Dependence(frozenset(name), affine)
-            if name != "score"
-            else _Dependence(frozenset(("score",)), None)
-        )
+        depends[var] = _Dependence(frozenset((name,)), affine)
     tables = set(jaxpr.invars[lead:])
     depends.update({var: _TABLE for var in tables})
     known: dict[Any, Any] = {}  # what depends on nothing
@@ -352,22 +349,22 @@ def _build(jaxpr: Any, *, has_score: bool, what: str) -> TileProgram:
             if out.aval.shape == () and (not scalar or not found.letters - {"b", "h", "table"}):
                 cut.append(out)
     core_inputs = jaxpr.invars[:lead]
-    wanted = _needed(jaxpr, set(cut) | tables)
+    wanted = jaxprs.needed_variables(jaxpr, set(cut) | tables)
     reads = [v for v in (*jaxpr.invars[lead:], *cut) if v in wanted]
-    core = _part(jaxpr, [*core_inputs, *reads], jaxpr.outvars, known).jaxpr
+    core = jaxprs.part(jaxpr, [*core_inputs, *reads], jaxpr.outvars, known).jaxpr
     found_reads = tuple(
         Read(
             _kind(depends[v]),
             depends[v].letters & {"b", "h"},
             v.aval.dtype,
-            _part(jaxpr, [*jaxpr.invars[lead - 4 :]], [v], known),
+            jaxprs.part(jaxpr, [*jaxpr.invars[lead - 4 :]], [v], known),
         )
         for v in reads
     )
     derivative = None
     if has_score:
         derivative = _derivative(core, [r.is_float for r in found_reads])
-    core = _inline(core, _CUSTOM)
+    core = jaxprs.inline(core)
     for part in (core, derivative):
         _check_flat(part, what)
     code = [(r.kind, sorted(r.uses), str(r.jaxpr), _bytes(r.jaxpr.consts)) for r in found_reads]
@@ -440,32 +437,6 @@ def _where(eqn: Any) -> str:
     return f" ({line})" if line else ""
 
 
-def _needed(jaxpr: Any, stops: set[Any]) -> set[Any]:
-    """Variables that the outputs need, not looking behind `stops`."""
-    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
-    needed: set[Any] = set()
-    stack = [v for v in jaxpr.outvars if not isinstance(v, compat.Literal)]
-    while stack:
-        var = stack.pop()
-        if var in needed:
-            continue
-        needed.add(var)
-        if var not in stops and var in makers:
-            eqn = makers[var]
-            stack += [v for v in eqn.invars if not isinstance(v, compat.Literal)]
-    return needed
-
-
-def _part(jaxpr: Any, inputs: list[Any], outputs: list[Any], known: dict[Any, Any]) -> Any:
-    """The jaxpr from given variables to others; `known` ones are constants."""
-    start = [*inputs, *known]
-
-    def run(*values: Any) -> list[Any]:
-        return _run(jaxpr, (), (*values, *known.values()), (), start=start, stop=outputs)
-
-    return jax.make_jaxpr(run)(*[_aval(v) for v in inputs])
-
-
 def _derivative(core: Any, is_float: list[bool]) -> Any:
     """(score, b, h, q, k, *values, ct) -> (d score, d of each float value)."""
 
@@ -475,139 +446,33 @@ def _derivative(core: Any, is_float: list[bool]) -> Any:
         def varied(score: Any, floats: list[Any]) -> Any:
             found = iter(floats)
             values = [next(found) if f else v for f, v in zip(is_float, given[5:], strict=True)]
-            return _run(core, (), (score, *given[1:5], *values), ())[0]
+            return jaxprs.run(core, (), (score, *given[1:5], *values), ())[0]
 
         floats = [v for f, v in zip(is_float, given[5:], strict=True) if f]
         _, pull = jax.vjp(varied, given[0], floats)
         d_score, d_floats = pull(ct)
         return [d_score, *d_floats]
 
-    avals = [_aval(v) for v in (*core.invars, core.outvars[0])]
-    return _inline(jax.make_jaxpr(run)(*avals).jaxpr, ())
+    avals = [jaxprs.aval_of(v) for v in (*core.invars, core.outvars[0])]
+    return jaxprs.inline(jax.make_jaxpr(run)(*avals).jaxpr)
 
 
-def _flatten(run: Any, lead: int, tables: Any, score_dtype: Any) -> Any:
+def _flatten(run: Any, lead: int, tables: list[Any], score_dtype: Any) -> tuple[Any, list[Any]]:
+    """(flat jaxpr with all arrays as arguments, the arrays): functions called inside may have some.
+
+    Args:
+      run: function of `lead` scalars and the tables.
+      lead: 5 with a score, 4 without.
+      tables: arrays known so far.
+      score_dtype: of the score, or None.
+    """
     index = jax.ShapeDtypeStruct((), jnp.int32)
     avals = [index] * lead
     if score_dtype is not None:
         avals[0] = jax.ShapeDtypeStruct((), score_dtype)
     closed = jax.make_jaxpr(run)(*avals, *tables)
-    return _absorb_consts(closed)
-
-
-def _absorb_consts(closed: Any) -> Any:
-    if closed.consts:  # only constants that JAX itself makes, never a user's arrays
-        raise ValueError("score_mod: it makes an array that is not derived from its arguments.")
-    return closed.jaxpr
-
-
-def _inline(jaxpr: Any, more: tuple[str, ...]) -> Any:
-    def run(*values: Any) -> list[Any]:
-        return _run(jaxpr, (), values, (*_CALLS, *_CUSTOM, *more))
-
-    return jax.make_jaxpr(run)(*[_aval(v) for v in jaxpr.invars]).jaxpr
-
-
-def _run(
-    jaxpr: Any,
-    consts: Any,
-    args: Any,
-    inline: tuple[str, ...],
-    *,
-    start: Any = None,
-    stop: Any = None,
-) -> list[Any]:
-    """What is needed of a jaxpr's results, stepping into the calls named in `inline`."""
-    start = jaxpr.invars if start is None else start
-    stop = jaxpr.outvars if stop is None else stop
-    env: dict[Any, Any] = dict(zip(start, args, strict=True))
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
-    wanted: set[int] = set()
-    stack = [v for v in stop if not isinstance(v, compat.Literal)]
-    while stack:
-        var = stack.pop()
-        if var in env or id(makers[var]) in wanted:
-            continue
-        wanted.add(id(makers[var]))
-        stack += [v for v in makers[var].invars if not isinstance(v, compat.Literal)]
-
-    def value(v: Any) -> Any:
-        return _literal(v) if isinstance(v, compat.Literal) else env[v]
-
-    for eqn in jaxpr.eqns:
-        if id(eqn) not in wanted:
-            continue
-        values = [value(v) for v in eqn.invars]
-        name = eqn.primitive.name
-        inner = _called(eqn) if name in inline else None
-        if inner is not None:
-            out = _run(inner.jaxpr, inner.consts, values, inline)
-        elif name == "reshard" or (name == "reduce_sum" and not eqn.params["axes"]):
-            out = values  # derivatives traced inside a mesh do this to scalars
-        else:
-            out = compat.bind_equation(eqn, values)
-        for var, x in zip(eqn.outvars, out, strict=True):
-            if var not in env:
-                env[var] = x
-    return [value(v) for v in stop]
-
-
-def _literal(v: Any) -> Any:
-    """A constant in its own type; JAX may hold it as a Python number."""
-    return np.asarray(v.val, v.aval.dtype) if v.aval.shape == () else v.val
-
-
-def _called(eqn: Any) -> Any:
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in eqn.params:
-            inner = eqn.params[name]
-            return inner if hasattr(inner, "consts") else compat.ClosedJaxpr(inner, [])
-    return None
-
-
-def _aval(v: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-
-
-def _full(x: Any, shape: tuple[int, ...]) -> jax.Array:
-    return x if jnp.shape(x) == shape else jnp.broadcast_to(x, shape)
-
-
-def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    """Evaluates a flat scalar jaxpr on tiles: values of different shapes broadcast."""
-    env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-
-    def value(v: Any) -> Any:
-        return _literal(v) if isinstance(v, compat.Literal) else env[v]
-
-    for eqn in jaxpr.eqns:
-        values = [value(v) for v in eqn.invars]
-        env[eqn.outvars[0]] = _apply(eqn, values)
-    return [jnp.asarray(value(v)) for v in jaxpr.outvars]
-
-
-def _apply(eqn: Any, values: list[Any]) -> Any:
-    """One elementwise primitive, in a form that every kernel compiler accepts."""
-    name = eqn.primitive.name
-    if name in ("broadcast_in_dim", "copy", "stop_gradient"):
-        return values[0]
-    shape = np.broadcast_shapes(*map(jnp.shape, values))
-    if name == "convert_element_type":
-        return jnp.asarray(values[0]).astype(eqn.params["new_dtype"])
-    values = [_full(x, shape) if jnp.shape(x) != shape else x for x in values]
-    if name == "one_minus_square":  # newer JAX's derivative of tanh; no kernel compiler knows it
-        x = jnp.asarray(values[0])
-        return jnp.ones_like(x) - x * x
-    if name == "add_any":
-        return lax.add(*map(jnp.asarray, values))
-    if name == "select_n" and values[1].dtype == jnp.bool_ and values[0].dtype == jnp.bool_:
-        # a select between booleans does not compile for TPUs
-        which, no, yes = values
-        return (which & yes) | (~jnp.asarray(which) & no)
-    if name == "sign" and jnp.issubdtype(values[0].dtype, jnp.integer):
-        # the rule of `sign` asks for the default device's generation
-        (x,) = values
-        zero = jnp.zeros_like(x)
-        return (x > zero).astype(x.dtype) - (x < zero).astype(x.dtype)
-    return eqn.primitive.bind(*values, **eqn.params)
+    if not closed.consts:
+        return closed.jaxpr, tables
+    found, n = closed.jaxpr, lead + len(tables)
+    tables = [*tables, *map(jnp.asarray, closed.consts)]
+    return _flatten(lambda *xs: jaxprs.run(found, xs[n:], xs[:n], ()), lead, tables, score_dtype)

@@ -25,6 +25,7 @@ MODS = {
     "plain": (lambda s, b, h, q, k: jnp.tanh(s) * 2.0, []),
     "scalar": (lambda s, b, h, q, k: s + SLOPES[h] * (q - k).astype(s.dtype), ["scalar"]),
     "made inside": (lambda s, b, h, q, k: s * jnp.arange(1.0, 9.0)[h] + jnp.cos(2.0), ["scalar"]),
+    "called": (lambda s, b, h, q, k: s + jax.jit(lambda i: SLOPES[i])(h), ["scalar"]),
     "from the head alone": (lambda s, b, h, q, k: s * 2.0 ** -h.astype(s.dtype), ["scalar"]),
     "query": (lambda s, b, h, q, k: s * PER_QUERY[b, q], ["query"]),
     "key": (lambda s, b, h, q, k: s + PER_KEY[h, k // 2], ["key"]),
