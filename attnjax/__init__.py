@@ -13,8 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import attnjax.mechanisms  # first: importing the package later would rebind the name  # noqa: F401
-from attnjax.attention import Explanation, attention, explain
+from attnjax.attention import attention
 from attnjax.decode import decode_attention
+from attnjax.explain import Explanation, explain
 from attnjax.merge import merge_attention
 from attnjax.spec import Mechanism
 from attnjax.taps import Edits, Patch

@@ -8,7 +8,6 @@ needs O(T) memory in both directions. `explain` says which of them a call takes,
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from attnjax import checks
 from attnjax.dense import dense_attention
 from attnjax.masks import Causal, Full, Lengths, Mask, Segments, Window
 from pallas_kernels import dispatch
-from pallas_kernels.flash import FlashConfig, explain_flash, flash_attention, prepare
+from pallas_kernels.flash import FlashConfig, flash_attention
 from pallas_kernels.maskprogram import MaskProgram
 
 KERNELS = dispatch.IMPLEMENTATIONS
@@ -35,45 +34,7 @@ DENSE_QUERIES = 8
 """Up to so many queries the dense path is chosen at any key length: its scores are O(s)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which path `attention` takes and what it will visit.
-
-    Attributes:
-      implementation: "dense" or "block_sparse".
-      reason: why, as a sentence.
-      block_q, block_kv: tile sizes in tokens, None for the dense path.
-      visited: share of all tiles that is visited (1.0 for dense), None where the mask is traced.
-      unmasked: share of the visited tiles that need no mask, None likewise.
-      body: "xla", or the kernel that runs the block-sparse path: "tpu", "triton", "mosaic_gpu".
-      body_reason: why the XLA body runs where it does.
-    """
-
-    implementation: str
-    reason: str
-    block_q: int | None = None
-    block_kv: int | None = None
-    visited: float | None = None
-    unmasked: float | None = None
-    body: str = "xla"
-    body_reason: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.implementation}: {self.reason}"
-        if self.implementation == "block_sparse":
-            text += f" Body: {self.body}" + (
-                f", because {self.body_reason}" if self.body_reason else "."
-            )
-        if self.block_q is not None:
-            text += f" Tiles of {self.block_q} queries x {self.block_kv} keys"
-            if self.visited is not None:
-                text += f"; {self.visited:.1%} of them are visited, "
-                text += f"{self.unmasked:.1%} of these without a mask"
-            text += "."
-        return text
-
-
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A checked call: operands of both paths, and the path to take."""
 
     query: jax.Array
@@ -171,7 +132,7 @@ def attention(
     Memory: block_sparse O(t + s), dense O(t s) per head.
     """
     unbatched = query.ndim == 3
-    call = _prepare(
+    call = prepare_call(
         query, key, value, bias, mask, scale=scale, is_causal=is_causal,
         query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size, implementation=implementation, score_mod=score_mod,
@@ -200,67 +161,7 @@ def attention(
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def explain(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
-    *,
-    target: dispatch.Target | None = None,
-    **options: Any,
-) -> Explanation:
-    """Says which path `attention` takes for these arguments, and why; nothing is computed.
-
-    Args:
-      query, key, value, bias, mask: as for `attention`; `jax.ShapeDtypeStruct`s will do.
-      target: device to ask about, as `pallas_kernels.dispatch.Target("tpu", "TPU v5 lite")`; None
-        is the first device here.
-      **options: the other arguments of `attention`.
-
-    Returns:
-      An `Explanation`; `print` it.
-    """
-    options.pop("return_residual", None)
-    at = target or _here()
-    found: list[Explanation] = []
-
-    def trace(query: Any, key: Any, value: Any, bias: Any) -> None:
-        found.append(_explain(_prepare(query, key, value, bias, mask, **options), at))
-
-    jax.eval_shape(trace, query, key, value, bias)
-    return found[0]
-
-
-def _explain(call: _Call, target: dispatch.Target) -> Explanation:
-    if call.implementation == "dense":
-        return Explanation("dense", call.reason, visited=1.0, unmasked=None)
-    found = explain_flash(
-        *prepare(
-            call.query, call.key, call.value, mask=call.mask, mask_array=call.mask_array,
-            bias=call.bias, **call.options,
-        ),
-        target,
-    )  # fmt: skip
-    visited = unmasked = None
-    if found.lists.is_static:
-        stats = found.lists.stats()
-        visited = stats["density"]
-        unmasked = 0.0 if call.mask_array is not None else stats["full"] / max(stats["visited"], 1)
-    return Explanation(
-        "block_sparse", call.reason, found.block_q, found.block_kv, visited, unmasked, found.body,
-        found.reason,
-    )  # fmt: skip
-
-
-def _here() -> dispatch.Target:
-    """The device that a computation lands on by default."""
-    device = jax.devices()[0]
-    platform = "cuda" if device.platform == "gpu" else str(device.platform)
-    return dispatch.Target(platform, device.device_kind, 1, dispatch.capability_of(device))
-
-
-def _run_dense(call: _Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+def _run_dense(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     b, t, h, _ = call.query.shape
     s = call.key.shape[1]
     options = dict(call.options)
@@ -283,7 +184,7 @@ def _run_dense(call: _Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]
     )  # fmt: skip
 
 
-def _prepare(
+def prepare_call(
     query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any = None,
     is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
     local_window_size: Any = None, implementation: str | None = None, score_mod: Any = None,
@@ -291,7 +192,7 @@ def _prepare(
     normalizer: Any = "softmax", q_offset: Any = 0, dropout_rate: float = 0.0,
     dropout_rng: Any = None, weight_edit: Any = None, capture: tuple[str, ...] = (),
     precision: Any = None, block_sizes: Any = None, config: FlashConfig | None = None,
-) -> _Call:  # fmt: skip
+) -> Call:  # fmt: skip
     """Checks every argument and decides the path."""
     if query.ndim == 3 and key.ndim == 3 and value.ndim == 3:
         query, key, value = query[None], key[None], value[None]
@@ -397,7 +298,7 @@ def _prepare(
         if block_sizes is not None:
             options["config"] = FlashConfig(int(block_sizes[0]), int(block_sizes[1]))
         options["implementation"] = implementation if implementation in KERNELS else None
-    return _Call(
+    return Call(
         query, key, value, program, mask_array, bias, options,
         normalizer if callable(normalizer) else None, weight_edit, query_seq_lengths, choice,
         reason,
