@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := build
-# Compilers for TPUs and GPUs, in a folder of their own: JAX would look for their hardware.
+# Compilers for TPUs and GPUs, in a folder of their own: JAX would look for their hardware. The TPU
+# compiler is pinned: `make tpu-static` compares its instructions, which change with every release.
 AOT := $(CURDIR)/$(VENV)/aot
 WITH_AOT := JAX_PLATFORMS=cpu PYTHONPATH=$(AOT)
 # Two processes by default: the tests are made for two cores.
@@ -74,7 +75,7 @@ bench: $(VENV)/.dev-stamp  ## Measure against peers; results in build/benchmarks
 	$(BIN)/python -m benchmarks lightning --out $(OUT)/benchmarks
 
 $(AOT)/.stamp: $(VENV)/.dev-stamp
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(AOT) 'libtpu>=0.0.51' \
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(AOT) 'libtpu==0.0.51' \
 	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))')
 	@touch $@
 
