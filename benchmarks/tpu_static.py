@@ -36,13 +36,13 @@ class Case:
     """A function that runs one or more kernels.
 
     Attributes:
-      library: whose it is.
+      package: whose it is.
       function, arguments: what to compile.
       kernels: part of a kernel's name -> role, one of `PRODUCTS`.
       note: options worth a mention.
     """
 
-    library: str
+    package: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     kernels: dict[str, str]
@@ -80,7 +80,7 @@ def run(
     for topology in topologies:
         found = []
         for tile in tiles:
-            candidates = [c for c in _cases(tile, length) if c.library in only]
+            candidates = [c for c in _cases(tile, length) if c.package in only]
             for case in candidates:
                 found += _measure(case, topology, tile, length)
         rows += found
@@ -112,7 +112,7 @@ def _measure(case: Case, topology: str, tile: int, length: int) -> Iterator[dict
         yield {
             "topology": topology,
             "tile": tile,
-            "library": case.library,
+            "package": case.package,
             "note": case.note,
             "role": role,
             "full": full.bundles,
@@ -216,12 +216,12 @@ def _flash(tile: int, length: int) -> Iterator[Case]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["tile", "kernel", "library", "bundles", "full", "partial", "bound", *UNITS, "spills"]
+    header = ["tile", "kernel", "package", "bundles", "full", "partial", "bound", *UNITS, "spills"]
     lines = [
         [
             str(r["tile"]),
             r["role"],
-            f"{r['library']} {r['note']}".strip(),
+            f"{r['package']} {r['note']}".strip(),
             f"{r['mean']:.0f}",
             str(r["full"]),
             str(r["partial"]),
@@ -240,8 +240,8 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     for tile in sorted({r["tile"] for r in rows}):
         for role in PRODUCTS:
             ours, theirs = (
-                [r for r in rows if (r["tile"], r["role"], r["library"]) == (tile, role, library)]
-                for library in ("attnjax", "splash")
+                [r for r in rows if (r["tile"], r["role"], r["package"]) == (tile, role, package)]
+                for package in ("attnjax", "splash")
             )
             if not ours or not theirs:
                 continue
