@@ -139,5 +139,10 @@ def fast_memory(platform: str, kind: str | None) -> FastMemory | None:
         return FastMemory(16 << 20, 1 << 20)
     if platform == "cuda":
         capability = compute_capability(kind)
-        return FastMemory(_SHARED_MEMORY.get(capability or (8, 9), 99 << 10))
+        return FastMemory(shared_memory(capability or (8, 9)))
     return None
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that one thread block can have; the least for unknown GPUs."""
+    return _SHARED_MEMORY.get(capability, 99 << 10)

@@ -9,17 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.flash.spec import FlashConfig, FlashSpec
 from pallas_kernels.flash.triton_tiles import padded_width
-
-SHARED_BYTES = {
-    (8, 0): 163 << 10,
-    (8, 6): 99 << 10,
-    (8, 7): 163 << 10,
-    (8, 9): 99 << 10,
-    (9, 0): 227 << 10,
-    (10, 0): 227 << 10,
-    (10, 3): 227 << 10,
-}
-"""Shared memory that a program can have, by compute capability; 99 KiB for all others."""
+from pallas_kernels.machines import shared_memory
 
 
 class KernelConfig(NamedTuple):
@@ -203,7 +193,7 @@ def _fitted(
     name: str, config: KernelConfig, fixed: Any, operands: Any, spec: Any, capability: Any
 ) -> KernelConfig:
     """A config whose pipeline and tiles fit the shared memory, in what is not fixed."""
-    limit = SHARED_BYTES.get(capability, 99 << 10)
+    limit = shared_memory(capability)
     while shared_bytes(name, config, operands, spec, capability) > limit:
         larger = "block_q" if config.block_q > config.block_kv else "block_kv"
         if config.num_stages > 2 and "num_stages" not in fixed:
