@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import batching, mlir
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "bind_equation",
     "define_primitive",
     "enable_x64",
-    "jaxpr_as_fun",
     "lowering_device",
     "lowering_devices",
     "mosaic_gpu_load",

@@ -82,14 +82,14 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "{description}"
 """
 
-# VMEM and scalar memory in bytes of one TPU core; device kinds as JAX reports them.
+# VMEM in bytes of one TPU core; device kinds as JAX reports them.
 _TPU_MEMORY = (
-    (r"TPU v[23]", 16 << 20, 16 << 10),
-    (r"TPU v4", 16 << 20, 1 << 20),
-    (r"TPU v5 lite|TPU v5e", 128 << 20, 1 << 20),
-    (r"TPU v5", 64 << 20, 1 << 20),
-    (r"TPU v6", 128 << 20, 1 << 20),
-    (r"TPU ?7", 64 << 20, 1 << 20),
+    (r"TPU v[23]", 16 << 20),
+    (r"TPU v4", 16 << 20),
+    (r"TPU v5 lite|TPU v5e", 128 << 20),
+    (r"TPU v5", 64 << 20),
+    (r"TPU v6", 128 << 20),
+    (r"TPU ?7", 64 << 20),
 )
 
 # Shared memory in bytes that one thread block can have, by compute capability.
@@ -114,11 +114,9 @@ class FastMemory:
 
     Attributes:
       tile_bytes: TPU, VMEM of a core; GPU, shared memory that a thread block can have.
-      scalar_bytes: TPU, scalar memory of a core; GPU, 0.
     """
 
     tile_bytes: int
-    scalar_bytes: int = 0
 
 
 def fast_memory(platform: str, kind: str | None) -> FastMemory | None:
@@ -133,10 +131,10 @@ def fast_memory(platform: str, kind: str | None) -> FastMemory | None:
     128
     """
     if platform == "tpu":
-        for pattern, tile, scalar in _TPU_MEMORY:
+        for pattern, tile in _TPU_MEMORY:
             if kind is not None and re.match(pattern, kind):
-                return FastMemory(tile, scalar)
-        return FastMemory(16 << 20, 1 << 20)
+                return FastMemory(tile)
+        return FastMemory(16 << 20)
     if platform == "cuda":
         capability = compute_capability(kind)
         return FastMemory(shared_memory(capability or (8, 9)))

@@ -6,14 +6,11 @@ v [n, e], scores [m, n]. Statistics and accumulators are float32, or float64 for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-ScoreFn = Callable[..., jax.Array]
 
 
 def accumulator_dtype(dtype: Any) -> Any:

@@ -15,10 +15,11 @@ class FlashConfig:
 
     Attributes:
       block_q, block_kv: tokens of a tile in the forward pass.
-      block_q_dq, block_kv_dq: in the kernel for the gradient of the queries; None: the forward's.
+      block_q_dq, block_kv_dq: in the kernel for the gradient of the queries; None: the forward's,
+        or what the body prefers.
       block_q_dkv, block_kv_dkv: in the kernel for the gradients of keys and values; likewise.
-      max_blocks: most listed key blocks in a row of a traced list; None is all of them. A row with
-        more of them is an error where it can be seen, and gives NaN where it cannot.
+      max_blocks: room in the TPU kernel's traced lists, in key blocks per row on average; None is
+        room for all. A longer list gives NaN. The other bodies always have room for all.
       options: further knobs of one backend, as (name, value) pairs: "num_warps", "num_stages",
         "compute_kv" and others that the body documents.
     """

@@ -6,6 +6,7 @@ lowered. What is saved for the backward pass are the operands and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tune
 from pallas_kernels.dispatch import Kernel, Operation, Target
 from pallas_kernels.linear.backward import linear_bwd
 from pallas_kernels.linear.rows import backward_by_rows, forward_by_rows
@@ -85,6 +87,9 @@ def _kernel_body(name: str, *, backward: bool) -> Callable[..., Any]:
 
     def run(operands: Any, spec: LinearSpec, target: Target) -> Any:
         module = importlib.import_module(f"pallas_kernels.linear.{name}")
+        primal: Operands = operands[0] if backward else operands
+        chunk = tune.linear_chunk(name, target, primal.key, primal.value, spec.chunk_size)
+        spec = dataclasses.replace(spec, chunk_size=chunk)
         if backward:
             return _cast(module.backward(*operands, spec, target), operands[0])
         return module.forward(operands, spec, target)

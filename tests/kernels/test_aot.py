@@ -17,6 +17,8 @@ from pallas_kernels import aot, aot_inspect, tune, tuner
 from pallas_kernels.decode import DecodeConfig, decode_attention
 from pallas_kernels.dispatch import Target
 from pallas_kernels.flash import FlashConfig
+from pallas_kernels.linear import LinearSpec, Operands, linear_recurrence
+from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.machines import TARGETS, fast_memory
 
 
@@ -255,3 +257,29 @@ def test_tuning_without_a_candidate_that_runs():
     q = jnp.ones((1, 8, 2, 16))
     with pytest.raises(RuntimeError, match="no candidate ran for forward: .*[Pp]allas"):
         tuner.tune_decode(q, q, q, candidates=[DecodeConfig(8)], implementation="pallas", repeats=1)
+
+
+def test_measured_chunks_of_linear_attention_are_taken(tmp_path, monkeypatch):
+    chunks = []
+    make_plan = linear_tpu.make_plan
+
+    def spy(operands, spec, target, **options):
+        chunks.append(spec.chunk_size)
+        return make_plan(operands, spec, target, **options)
+
+    monkeypatch.setattr(linear_tpu, "make_plan", spy)
+    entry = tune.Entry("linear", "tpu", "float32", 32, 64, {"chunk_size": 16})
+    tune.write(tmp_path / "cpu.json", "cpu", [entry], {})
+    tune.load(tmp_path / "cpu.json")
+    x = jnp.ones((1, 40, 1, 8))
+
+    def run(chunk_size):
+        spec = LinearSpec(chunk_size, 1.0, "interpret")
+        return jax.grad(lambda x: linear_recurrence(Operands(x, x, x), spec)[0].sum())(x)
+
+    try:
+        run(None)
+        run(8)
+    finally:
+        tune.unload()
+    assert chunks == [16, 16, 8, 8]
