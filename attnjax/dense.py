@@ -44,14 +44,10 @@ def dense_attention(
     Returns:
       output [b, t, h, e], lse [b, t, h], and {"scores", "weights"} [b, h, t, s].
     """
-    b, t, h, d = query.shape
-    s, g, e = value.shape[1:]
+    b, t, h, _ = query.shape
+    s = value.shape[1]
     dtype = tilemath.accumulator_dtype(query.dtype)
-    grouped = query.reshape(b, t, g, h // g, d)
-    scores = jnp.einsum(
-        "btgrd,bsgd->bgrts", grouped, key, precision=precision, preferred_element_type=dtype
-    )
-    scores = scores.reshape(b, h, t, s) * jnp.asarray(scale, dtype)
+    scores = qk_scores(query, key, scale, precision)
     rows = lax.broadcasted_iota(jnp.int32, (b, 1, 1, 1), 0)
     heads = lax.broadcasted_iota(jnp.int32, (1, h, 1, 1), 1)
     q_index = lax.broadcasted_iota(jnp.int32, (1, 1, t, 1), 2) + q_offset.reshape(-1, 1, 1, 1)
@@ -65,7 +61,7 @@ def dense_attention(
         scores = score_mod(scores, rows, heads, q_index, k_index).astype(dtype)
     if keep is not None:
         scores = jnp.where(keep, scores, jnp.full_like(scores, -jnp.inf))
-    weights, lse = _softmax(scores, sinks)
+    weights, lse = softmax_weights(scores, sinks=sinks)
     if normalizer is not None:
         weights = normalizer(scores, keep)
     if weight_edit is not None:
@@ -77,19 +73,63 @@ def dense_attention(
             dropout_seed, rows, heads, q_index, k_index, dropout_rate
         )
         dropped = weights * factors.astype(dtype)
-    out = jnp.einsum(
-        "bgrts,bsge->btgre",
-        dropped.reshape(b, g, h // g, t, s),
-        value.astype(dtype),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
-    out = out.reshape(b, t, h, e).astype(query.dtype)
+    out = weighted_values(dropped, value, precision).astype(query.dtype)
     return out, lse.transpose(0, 2, 1), {"scores": scores, "weights": weights}
 
 
-def _softmax(scores: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Weights [b, h, t, s] and lse [b, h, t]; a row without keys gives 0 and -inf."""
+def qk_scores(
+    query: jax.Array, key: jax.Array, scale: float | None = None, precision: Any = None
+) -> jax.Array:
+    """All scaled products q · k: [b, h, t, s] in float32 (float64 for float64).
+
+    Args:
+      query: [b, t, h, d].
+      key: [b, s, g, d]; query head i reads key head i // (h / g).
+      scale: None is d^-0.5.
+      precision: as in `jax.lax.dot_general`.
+    """
+    b, t, h, d = query.shape
+    s, g = key.shape[1:3]
+    dtype = tilemath.accumulator_dtype(query.dtype)
+    grouped = query.reshape(b, t, g, h // g, d)
+    scores = jnp.einsum(
+        "btgrd,bsgd->bgrts", grouped, key, precision=precision, preferred_element_type=dtype
+    )
+    return scores.reshape(b, h, t, s) * jnp.asarray(d**-0.5 if scale is None else scale, dtype)
+
+
+def weighted_values(weights: jax.Array, value: jax.Array, precision: Any = None) -> jax.Array:
+    """Values summed with weights [b, h, t, s]: [b, t, h, e] of value [b, s, g, e].
+
+    The result has the dtype of the weights.
+    """
+    b, h, t, s = weights.shape
+    g, e = value.shape[2:]
+    out = jnp.einsum(
+        "bgrts,bsge->btgre",
+        weights.reshape(b, g, h // g, t, s),
+        value.astype(weights.dtype),
+        precision=precision,
+        preferred_element_type=weights.dtype,
+    )
+    return out.reshape(b, t, h, e)
+
+
+def softmax_weights(
+    scores: jax.Array, keep: jax.Array | None = None, sinks: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axis that allows rows without keys, which give 0 and -inf.
+
+    Args:
+      scores: [b, h, t, s], float32 or wider.
+      keep: booleans of the rank of `scores`, True = attend.
+      sinks: [h] logits of an extra key without value.
+
+    Returns:
+      Weights [b, h, t, s] and their natural log-sum-exp [b, h, t].
+    """
+    if keep is not None:
+        scores = jnp.where(keep, scores, jnp.full_like(scores, -jnp.inf))
     dtype = scores.dtype
     top = scores.max(-1, keepdims=True, initial=-jnp.inf)
     if sinks is not None:

@@ -37,6 +37,9 @@ class Mechanism:
       kernel: "flash", "linear", "neighborhood" or "einsum": the primitive that does the work.
       cost: operations as a function of T tokens, as in "O(T w)".
       reduces_to: options -> id of the mechanism that these options give.
+      golden: names of the golden cases (`tests/golden`) that it must equal.
+      reading: where the definition, or a part of it, is this library's reading of a paper without
+        official code or full text: which part, in a sentence. "" where it is the authors'.
       example: zero-argument callable returning `(module, x)`: a small instance for the common
         property tests and the pictures of the documentation.
     """
@@ -58,6 +61,8 @@ class Mechanism:
     kernel: str
     cost: str
     reduces_to: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    golden: tuple[str, ...] = ()
+    reading: str = ""
     example: Callable[[], tuple[Any, Any]] | None = None
 
     def require(self, **wanted: Any) -> None:

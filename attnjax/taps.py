@@ -18,7 +18,7 @@ from pallas_kernels.maskprogram import look_up
 
 SITES = (
     "q", "k", "v", "q_rot", "k_rot", "scores", "weights", "z", "head_out", "attn_out", "mlp_out",
-    "resid_pre", "resid_mid", "resid_post",
+    "resid_pre", "resid_mid", "resid_post", "aux_loss",
 )  # fmt: skip
 """Names of the places that can be captured or patched.
 
@@ -28,7 +28,8 @@ q, k, v: projections by head before positions [b, t, h, d]. q_rot, k_rot: after 
 `head_scale` and `head_bias`. head_out: z through its slice of the output projection [b, t, h, m].
 attn_out, mlp_out: what is added to the residual stream [b, t, m]. resid_pre, resid_mid,
   resid_post: the
-residual stream before attention, between attention and MLP, and after the MLP.
+residual stream before attention, between attention and MLP, and after the MLP. aux_loss: what the
+layer adds to the training loss, a float32 scalar that already holds its coefficient.
 """
 
 

@@ -9,6 +9,16 @@ from attnjax.cache.base import cache_bytes
 from attnjax.cache.dense import DenseCache
 from attnjax.cache.linear_state import LinearCache
 from attnjax.cache.ring import RingCache
+from attnjax.cache.state import StateCache
 from attnjax.cache.strided import StridedCache
+from attnjax.cache.tokens import TokenCache
 
-__all__ = ["DenseCache", "LinearCache", "RingCache", "StridedCache", "cache_bytes"]
+__all__ = [
+    "DenseCache",
+    "LinearCache",
+    "RingCache",
+    "StateCache",
+    "StridedCache",
+    "TokenCache",
+    "cache_bytes",
+]

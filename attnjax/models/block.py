@@ -13,9 +13,10 @@ from attnjax.layers import default_kernel_init
 from attnjax.mechanisms.linear.lightning_attention import LightningAttention, lightning_slopes
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.mechanisms.sparse.longgen import BlockStrideAttention
+from attnjax.models import registry
 from attnjax.models.layers import MLPS, NORMS
 from attnjax.models.pattern import Mixer
-from attnjax.taps import BLOCK_SITES, MIXER_SITES, Edits, Tap
+from attnjax.taps import BLOCK_SITES, Edits, Tap
 
 SAVED_NAMES = ("mixer_out", "mlp_out")
 """Names of the activations that the rematerialization policy "names" keeps."""
@@ -81,7 +82,7 @@ class Block(nnx.Module):
             segment_ids=segment_ids,
             cache=cache,
             valid=valid,
-            edits=edits and edits.only(MIXER_SITES),
+            edits=edits and edits.only(self.mixer.sites),
             capture=inside,
             **options,
         )
@@ -110,6 +111,9 @@ def make_mixer(config: Any, mixer: Mixer, *, dtype: Any, param_dtype: Any, rngs:
         out_kernel_init=_small(config.num_layers),
         rngs=rngs,
     )
+    if mixer.kind not in ("softmax", "window", "strided", "lightning"):
+        del options["use_bias"]
+        return registry.build(registry.find(mixer.kind), config, dict(mixer.options), **options)
     if mixer.kind == "lightning":
         return LightningAttention(config.num_heads, config.width, lrpe=mixer.lrpe, **options)
     options |= dict(

@@ -116,10 +116,12 @@ class LanguageModel(nnx.Module):
 
     Args:
       config: sizes and choices.
+      mixer: pattern that replaces `config.mixers`, for example the id of a mechanism.
       rngs: stream `params`.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageModelConfig, *, mixer: str | None = None, rngs: nnx.Rngs):
+        config = config if mixer is None else dataclasses.replace(config, mixers=mixer)
         self.config = config
         options: dict[str, Any] = dict(
             dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs

@@ -6,6 +6,8 @@ mixer   = softmax
         | window(w) [+ sink(n)]    the last w tokens, and the first n
         | strided(block=c, stride=s, local=l [, offset=o])
         | lightning [(lrpe=true)]
+        | id [(option=value, ...)] any causal mechanism of `attnjax.mechanisms()`, with options of
+                                   its module: integers, numbers, true, false, none or words
 
 "lightning*3, window(1024)+sink(4), softmax"
 """
@@ -15,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from typing import Any
+
+from attnjax.models import registry
 
 _ARGUMENTS = {
     "softmax": {},
@@ -35,11 +39,12 @@ class Mixer:
     """What one layer uses to mix tokens.
 
     Attributes:
-      kind: "softmax", "window", "strided" or "lightning".
+      kind: "softmax", "window", "strided", "lightning", or the id of a mechanism.
       window: tokens, counting the query itself; kind "window".
       sinks: first tokens that stay visible; kind "window".
       block, stride, local, offset: kind "strided"; see `attnjax.masks.Strided`.
       lrpe: learned relative positions; kind "lightning".
+      options: (name, value) pairs for the module of a mechanism named by its id.
     """
 
     kind: str
@@ -50,6 +55,7 @@ class Mixer:
     local: int = 0
     offset: int = 0
     lrpe: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         """The item of a pattern that makes this mixer."""
@@ -58,6 +64,9 @@ class Mixer:
         if self.kind == "strided":
             offset = f",offset={self.offset}" if self.offset else ""
             return f"strided(block={self.block},stride={self.stride},local={self.local}{offset})"
+        if self.options:
+            shown = (f"{name}={str(value).lower()}" for name, value in self.options)
+            return f"{self.kind}({','.join(shown)})"
         return self.kind + ("(lrpe=true)" if self.lrpe else "")
 
 
@@ -129,11 +138,10 @@ def _mixer(item: str, text: str) -> Mixer:
     """One mixer from its text."""
     head, *tails = [part.strip() for part in item.split("+")]
     name, values = _call(head, text)
+    if name == "sink":
+        raise ValueError(f"mixers: {item!r}: sink(n) stands after window(w), as in window(8)+sink.")
     if name not in _ARGUMENTS:
-        raise ValueError(
-            f"mixers: unknown mixer {name!r} in {text!r}; known are {', '.join(_ARGUMENTS)}, and "
-            "sink(n) after window(w)."
-        )
+        return _mechanism(name, values, tails, item)
     known = _ARGUMENTS[name]
     options: dict[str, Any] = {}
     for place, (key, value) in enumerate(values):
@@ -160,6 +168,37 @@ def _mixer(item: str, text: str) -> Mixer:
     if not 0 <= options.get("offset", 0) < options.get("stride", 1):
         raise ValueError(f"mixers: {item!r}: offset must be at least 0 and less than stride.")
     return Mixer(name, **options)
+
+
+def _mechanism(name: str, values: list[tuple[str, str]], tails: list[str], item: str) -> Mixer:
+    """A mixer that is named by the id of a mechanism."""
+    spec = registry.find(name, _ARGUMENTS)
+    known = registry.option_names(spec)
+    if tails:
+        raise ValueError(f"mixers: {item!r}: only one sink(n) can follow, and only window(w).")
+    options: dict[str, Any] = {}
+    for key, value in values:
+        if not key or key not in known or key in options:
+            takes = ", ".join(known) or "no options"
+            raise ValueError(
+                f"mixers: {item!r}: {name} takes {takes}, each as option=value; got "
+                f"{key or value!r}."
+            )
+        options[key] = _any_value(value)
+    return Mixer(name, options=tuple(sorted(options.items())))
+
+
+def _any_value(text: str) -> Any:
+    """A truth value, none, integer, number or word."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 _EXAMPLES = {"window": "window(1024)", "strided": "strided(block=64,stride=16,local=16)"}

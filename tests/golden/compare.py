@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -57,3 +58,19 @@ class GoldenFile(Mapping[str, np.ndarray]):
     def unread(self) -> list[str]:
         """Names that nobody asked for."""
         return sorted(set(self._arrays) - self.read)
+
+
+def assign(module: Any, parameters: Mapping[str, Any]) -> None:
+    """Sets parameters of a module, named by their paths as in "query.kernel".
+
+    An array may have any shape with the right number of elements in the right order; it takes the
+    parameter's dtype.
+    """
+    for path, value in parameters.items():
+        *owners, name = path.split(".")
+        owner = module
+        for part in owners:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        parameter = getattr(owner, name)
+        old = parameter[...]
+        parameter[...] = jnp.asarray(np.asarray(value).reshape(old.shape), old.dtype)

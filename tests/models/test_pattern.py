@@ -33,6 +33,10 @@ def test_reads_the_whole_grammar():
         ("", "empty item"),
         ("softmax,,softmax", "empty item"),
         ("attention", "unknown mixer 'attention'"),
+        ("softmx", "did you mean 'softmax'"),
+        ("cog_atention", "did you mean 'cog_attention'"),
+        ("cog_attention(heads=3)", "cog_attention takes .*rope_base.*got 'heads'"),
+        ("fna", "it is not causal"),
         ("sink(4)", "after window"),
         ("softmax+sink(4)", "only window"),
         ("window", "needs window"),
@@ -51,6 +55,13 @@ def test_reads_the_whole_grammar():
 def test_says_what_is_wrong(text, words):
     with pytest.raises(ValueError, match=words):
         parse_pattern(text)
+
+
+def test_any_causal_mechanism_by_its_id():
+    text = "cog_attention(rope_base=500.0,use_bias=true), softmax"
+    mixers = parse_pattern(text)
+    assert mixers[0] == Mixer("cog_attention", options=(("rope_base", 500.0), ("use_bias", True)))
+    assert parse_pattern(", ".join(map(str, mixers))) == mixers
 
 
 def test_repeats_over_the_layers():

@@ -1,0 +1,99 @@
+"""Any causal mechanism of the table as the mixer of a model, by its id and its options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from attnjax.mixer import SequenceMixer
+from attnjax.spec import Mechanism, mechanisms
+
+_SIZES = (
+    "self", "num_heads", "in_features", "qkv_features", "out_features", "num_kv_heads",
+    "in_kv_features", "causal", "decode", "dtype", "param_dtype", "precision", "kernel_init",
+    "bias_init", "out_kernel_init", "out_bias_init", "rngs", "keep_rngs", "deterministic",
+    "dropout_rate", "layer", "num_layers", "residual", "options",
+)  # fmt: skip
+"""Constructor arguments that the model sets itself, or that need a key in every call."""
+
+
+def mixer_ids() -> list[str]:
+    """Ids of all mechanisms that a decoder can use: causal, with a module for sequences."""
+    return [
+        spec.id
+        for spec in mechanisms().values()
+        if spec.causal and spec.module is not None and spec.kind == "module"
+    ]
+
+
+def find(name: str, others: Iterable[str] = ()) -> Mechanism:
+    """The mechanism of that id, for use as a mixer.
+
+    Args:
+      name: the id.
+      others: further names that the caller knows, for the suggestion.
+
+    Raises:
+      ValueError: suggesting the nearest names, or saying why the mechanism cannot be a mixer.
+    """
+    table = mechanisms()
+    known = mixer_ids()
+    if name in known:
+        return table[name]
+    if name in table:
+        raise ValueError(
+            f"mixers: {name!r} cannot mix the tokens of a decoder: it is "
+            + ("a " + table[name].kind + "." if table[name].causal else "not causal.")
+        )
+    every = [*others, *known]
+    near = difflib.get_close_matches(name, every, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(
+        f"mixers: unknown mixer {name!r}; {hint or 'known are ' + ', '.join(every) + '.'}"
+    )
+
+
+def option_names(spec: Mechanism) -> dict[str, Any]:
+    """Options that a pattern may give to a mechanism: name -> default of its constructor."""
+    assert spec.module is not None
+    found: dict[str, Any] = {}
+    for owner in spec.module.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None:
+            continue
+        parameters = inspect.signature(init).parameters
+        for name, parameter in parameters.items():
+            if name not in _SIZES and parameter.kind is not parameter.VAR_KEYWORD:
+                found.setdefault(name, parameter.default)
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break
+    if issubclass(spec.module, SequenceMixer) and not spec.module.rotary:
+        found.pop("rope_base", None)
+    return found
+
+
+def build(spec: Mechanism, config: Any, given: dict[str, Any], **options: Any) -> Any:
+    """The module of a mechanism, sized by a model's config.
+
+    Args:
+      spec: the mechanism.
+      config: `LanguageModelConfig`.
+      given: options from the pattern.
+      options: qkv_features, dtype, param_dtype, out_kernel_init and rngs; those that the module
+        does not take are left out.
+    """
+    assert spec.module is not None
+    module = spec.module
+    options |= {"use_bias": False, "causal": True}
+    if issubclass(module, SequenceMixer):
+        if module.grouped:
+            options["num_kv_heads"] = config.num_kv_heads
+        if module.rotary:
+            options["rope_base"] = config.rope_base
+    else:
+        options["residual"] = False  # the block around the mixer adds its input
+        takes = set(inspect.signature(module).parameters)
+        options = {name: value for name, value in options.items() if name in takes}
+    return module(config.num_heads, config.width, **(options | given))
