@@ -37,6 +37,8 @@ class Mechanism:
       kernel: "flash", "linear", "neighborhood" or "einsum": the primitive that does the work.
       cost: operations as a function of T tokens, as in "O(T w)".
       reduces_to: options -> id of the mechanism that these options give.
+      picture: zero-argument callable returning `{title: array [t, s]}`, panels for the
+        documentation beside (or, without `example`, instead of) what `example` gives.
       golden: names of the golden cases (`tests/golden`) that it must equal.
       reading: where the definition, or a part of it, is this library's reading of a paper without
         official code or full text: which part, in a sentence. "" where it is the authors'.
@@ -61,6 +63,7 @@ class Mechanism:
     kernel: str
     cost: str
     reduces_to: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    picture: Callable[[], Mapping[str, Any]] | None = None
     golden: tuple[str, ...] = ()
     reading: str = ""
     example: Callable[[], tuple[Any, Any]] | None = None

@@ -21,11 +21,14 @@ _SIZES = (
 
 def mixer_ids() -> list[str]:
     """Ids of all mechanisms that a decoder can use: causal, with a module for sequences."""
-    return [
-        spec.id
-        for spec in mechanisms().values()
-        if spec.causal and spec.module is not None and spec.kind == "module"
-    ]
+    return [spec.id for spec in mechanisms().values() if _mixes(spec)]
+
+
+def _mixes(spec: Mechanism) -> bool:
+    if not spec.causal or spec.module is None or spec.kind != "module":
+        return False
+    taken = inspect.signature(spec.module.__call__).parameters
+    return all(name in taken for name in ("positions", "segment_ids", "cache", "valid"))
 
 
 def find(name: str, others: Iterable[str] = ()) -> Mechanism:
@@ -45,7 +48,7 @@ def find(name: str, others: Iterable[str] = ()) -> Mechanism:
     if name in table:
         raise ValueError(
             f"mixers: {name!r} cannot mix the tokens of a decoder: it is "
-            + ("a " + table[name].kind + "." if table[name].causal else "not causal.")
+            + ("made for grids or whole models." if table[name].causal else "not causal.")
         )
     every = [*others, *known]
     near = difflib.get_close_matches(name, every, n=3, cutoff=0.5)
@@ -94,6 +97,6 @@ def build(spec: Mechanism, config: Any, given: dict[str, Any], **options: Any) -
             options["rope_base"] = config.rope_base
     else:
         options["residual"] = False  # the block around the mixer adds its input
-        takes = set(inspect.signature(module).parameters)
+        takes = set(inspect.signature(module.__init__).parameters)
         options = {name: value for name, value in options.items() if name in takes}
     return module(config.num_heads, config.width, **(options | given))

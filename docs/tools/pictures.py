@@ -53,22 +53,23 @@ def save_catalogue(path: pathlib.Path) -> None:
 
 
 def mechanism(spec: Mechanism) -> bytes | None:
-    """A PNG of what `SPEC.example` computes, or None where there is nothing to draw.
+    """A PNG of what a mechanism computes, or None where there is nothing to draw.
 
-    One panel shows the attention weights, averaged over heads, where the module can give them; the
-    other, for every mechanism, how strongly each output token depends on each input token.
+    The mechanism's own panels (`SPEC.picture`) come first. Of `SPEC.example`, one panel shows how
+    strongly each output token depends on each input token, and another the attention weights,
+    averaged over heads, where the module can give them.
     """
-    if spec.example is None:
+    panels = dict(spec.picture()) if spec.picture else {}
+    module, x = spec.example() if spec.example else (None, None)
+    if x is not None and callable(module) and jnp.issubdtype(x.dtype, jnp.floating):
+        if spec.nd == 1:
+            x = jax.random.normal(jax.random.key(0), (1, LENGTH, x.shape[-1]), x.dtype)
+        panels["influence of input s on output t"] = influence(module, x)
+        weights = captured_weights(module, x)
+        if weights is not None:
+            panels["attention weights, mean over heads"] = weights
+    if not panels:
         return None
-    module, x = spec.example()
-    if not callable(module) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return None
-    if spec.nd == 1:
-        x = jax.random.normal(jax.random.key(0), (1, LENGTH, x.shape[-1]), x.dtype)
-    panels = {"influence of input s on output t": influence(module, x)}
-    weights = captured_weights(module, x)
-    if weights is not None:
-        panels["attention weights, mean over heads"] = weights
     size = (3.4 * len(panels), 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, picture) in zip(axes[0], panels.items(), strict=True):
@@ -113,6 +114,11 @@ def captured_weights(module: Any, x: jax.Array) -> np.ndarray | None:
 
 
 def _show(axis: Any, picture: np.ndarray, title: str) -> None:
-    axis.imshow(picture, cmap="Blues", vmin=0, interpolation="nearest")
+    picture = np.asarray(picture, np.float32)
+    if picture.min() < 0:  # signed weights: white is zero
+        top = np.abs(picture).max()
+        axis.imshow(picture, cmap="RdBu", vmin=-top, vmax=top, interpolation="nearest")
+    else:
+        axis.imshow(picture, cmap="Blues", vmin=0, interpolation="nearest")
     axis.set_title(title, fontsize=7, family="monospace" if "(" in title else None)
     axis.set(xticks=[], yticks=[])

@@ -36,7 +36,7 @@ def test_reads_the_whole_grammar():
         ("softmx", "did you mean 'softmax'"),
         ("cog_atention", "did you mean 'cog_attention'"),
         ("cog_attention(heads=3)", "cog_attention takes .*rope_base.*got 'heads'"),
-        ("fna", "it is not causal"),
+        ("fna", "cannot mix the tokens of a decoder"),
         ("sink(4)", "after window"),
         ("softmax+sink(4)", "only window"),
         ("window", "needs window"),

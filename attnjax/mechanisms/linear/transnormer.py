@@ -134,6 +134,7 @@ SPEC = Mechanism(
     title="TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
     arxiv="2307.14995",
     year=2023,
+    kind="model",
     code="OpenNLPLab/TransnormerLLM",
     module=TransNormerBlock,
     causal=True,
