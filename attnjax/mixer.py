@@ -22,12 +22,11 @@ from attnjax.cache import DenseCache, TokenCache
 from attnjax.cache.base import new_positions, valid_count
 from attnjax.checks import check_heads, check_segments
 from attnjax.layers import Projection, add_bias, default_bias_init, default_kernel_init
-from attnjax.masks import Causal, Lengths
+from attnjax.masks import Causal, Lengths, Mask
 from attnjax.masks.keys import key_set
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.positions.rope import Layout
 from attnjax.taps import Edits, Tap
-from pallas_kernels.maskprogram import MaskProgram
 
 HEAD_SITES = ("q", "k", "v", "z", "head_out", "attn_out")
 """The sites that every mixer with queries, keys, values and an output projection has."""
@@ -95,11 +94,12 @@ class Call:
           layout: a mask of `attnjax.masks`, or booleans of rank 4, or None.
         """
         t = self.x.shape[1]
-        program, arrays = None, []
+        program: Mask | None = None
+        arrays: list[jax.Array] = []
         for mask in (Causal() if self.causal else None, layout, self.mask, self._key_mask()):
             if mask is None:
                 continue
-            if isinstance(mask, MaskProgram):
+            if isinstance(mask, Mask):
                 program = mask if program is None else program & mask
             else:
                 arrays.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
@@ -379,13 +379,14 @@ class SequenceMixer(nnx.Module):
         """
         tap, edits = call.tap, call.tap.edits
         wanted = tuple(site for site in ("scores", "weights") if site in tap.capture)
-        mask, arrays = Causal() if call.causal else None, []
+        mask: Any = Causal() if call.causal else None
+        arrays: list[jax.Array] = []
         for part in (
             layout,
             call.mask,
             None if edits.key_mask is None else key_set(edits.key_mask),
         ):
-            if isinstance(part, MaskProgram):
+            if isinstance(part, Mask):
                 mask = part if mask is None else mask & part
             elif part is not None:
                 arrays.append(part.reshape((1,) * (4 - part.ndim) + part.shape))
@@ -537,7 +538,7 @@ class SequenceMixer(nnx.Module):
             x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
         start = 0 if cache is None else cache.length
         if positions is None:
-            positions = new_positions(jnp.zeros((b,), jnp.int32) if cache is None else start, t)
+            positions = new_positions(jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,)), t)
         return Call(
             x, positions, start, segment_ids, mask, valid, cache, self.causal,
             Tap(edits, capture, sites=self.sites, name=name),
