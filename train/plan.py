@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.models.pattern import Mixer, layer_mixers
+from attnjax.spec import mechanisms
 from train.config import Config
 from train.mesh import Device, describe
 from train.state import Parts, abstract_state, prepare
@@ -118,7 +119,10 @@ def keys_seen(mixer: Mixer, length: int, head_dim: int) -> float:
     if mixer.kind == "strided":
         blocks = mixer.local + length / mixer.block / 2 / mixer.stride
         return min((length + 1) / 2, mixer.block * blocks)
-    return (length + 1) / 2 if mixer.kind == "softmax" else float(head_dim)
+    if mixer.kind == "softmax":
+        return (length + 1) / 2
+    recurrent = mixer.kind == "lightning" or mechanisms()[mixer.kind].kernel == "linear"
+    return float(head_dim) if recurrent else (length + 1) / 2
 
 
 def _bytes(tree: Any) -> int:

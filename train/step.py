@@ -63,12 +63,22 @@ def token_losses(
 
 def batch_losses(
     model: LanguageModel, batch: Batch, chunk: int, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`token_losses` of a batch {inputs, targets, segment_ids, positions}, each [b, t]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_losses` of a batch {inputs, targets, segment_ids, positions}, and the auxiliary loss.
+
+    The third result is what the mixers add to the mean loss of the batch (a router's load balance,
+    for example), summed over the layers; 0 where none does.
+    """
+    options["capture"] = ("aux_loss",) if model.has_aux_loss else ()
     hidden = model.hidden(
         batch["inputs"], positions=batch["positions"], segment_ids=batch["segment_ids"], **options
     )
-    return token_losses(model, hidden, batch["targets"], chunk)
+    extra = jnp.zeros(())
+    if model.has_aux_loss:
+        hidden, captured = hidden
+        by_layer = captured["aux_loss"].astype(jnp.float32)  # NaN in layers that have none
+        extra = jnp.where(jnp.isnan(by_layer), 0.0, by_layer).sum()
+    return *token_losses(model, hidden, batch["targets"], chunk), extra
 
 
 def gradients(
@@ -84,9 +94,10 @@ def gradients(
     def total(params: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = parts.skeleton.model(params)
         options = {"deterministic": not dropout, "dropout_rng": key if dropout else None}
-        loss, lse = batch_losses(model, piece, optim.loss_chunk, **options)
+        loss, lse, auxiliary = batch_losses(model, piece, optim.loss_chunk, **options)
         counted = piece["targets"] >= 0
         extra = optim.z_loss * jnp.sum(jnp.where(counted, lse * lse, 0.0)) if optim.z_loss else 0.0
+        extra += auxiliary * counted.sum().astype(jnp.float32)  # sums are divided by it in the end
         return jnp.sum(loss) + extra, jnp.sum(loss)
 
     tokens = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
@@ -156,7 +167,7 @@ def make_eval_step(parts: Parts) -> Any:
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = parts.skeleton.model(params)
-        loss, _ = batch_losses(model, batch, parts.config.optim.loss_chunk, deterministic=True)
+        loss, *_ = batch_losses(model, batch, parts.config.optim.loss_chunk, deterministic=True)
         quarter = jnp.minimum(batch["positions"] * QUARTERS // length, QUARTERS - 1)
         member = jax.nn.one_hot(quarter, QUARTERS) * (batch["targets"] >= 0)[..., None].astype(
             jnp.float32

@@ -252,6 +252,11 @@ class LanguageModel(nnx.Module):
         result += (captured,) if captured else ()
         return result[0] if len(result) == 1 else result
 
+    @property
+    def has_aux_loss(self) -> bool:
+        """Whether a mixer adds to the training loss, at the site "aux_loss"."""
+        return any("aux_loss" in block.mixer.sites for unit in self.layers.groups for block in unit)
+
     def unembed(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
         """Logits [b, t, vocab] in float32 (float64 for float64) from `hidden`'s states."""
         if self.head is None:
