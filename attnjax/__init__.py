@@ -21,7 +21,7 @@ from attnjax.spec import Mechanism
 from attnjax.taps import Edits, Patch
 
 if TYPE_CHECKING:  # no checker sees that the package is callable and that submodules load late
-    from attnjax import cache, functional, masks, models, nn, positions
+    from attnjax import cache, functional, gallery, masks, models, nn, positions, tasks
     from attnjax.spec import mechanisms as mechanisms
 else:
     from attnjax import mechanisms
@@ -29,10 +29,11 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "Edits", "Explanation", "Mechanism", "Patch", "attention", "decode_attention", "explain",
-    "mechanisms", "merge_attention", "cache", "functional", "masks", "models", "nn", "positions",
+    "mechanisms", "merge_attention", "cache", "functional", "gallery", "masks", "models", "nn",
+    "positions", "tasks",
 ]  # fmt: skip
 
-_SUBMODULES = ("cache", "functional", "masks", "models", "nn", "positions")
+_SUBMODULES = ("cache", "functional", "gallery", "masks", "models", "nn", "positions", "tasks")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,10 @@ OTHERS = {
     "tpu-static": ("benchmarks.tpu_static", "bundles of the TPU kernels beside splash attention"),
     "gpu": ("benchmarks.gpu", "times beside cuDNN, PyTorch and fla on an NVIDIA GPU"),
     "tune": ("benchmarks.tuning", "measures tile sizes on the device at hand"),
+    "zoo": (
+        "benchmarks.zoo",
+        "every causal mechanism under one harness",
+    ),
 }
 """Benchmarks with options of their own: name -> (module with `add_arguments` and `run`, help)."""
 

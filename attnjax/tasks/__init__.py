@@ -4,12 +4,14 @@
     batch = task.batch(jax.random.key(0), 64)              # inputs, targets [64, t]; -1: not scored
     accuracy = task.score(model(batch.inputs), batch)      # task.best is 1, task.chance a guess's
     harder = task.longer(4).batch(key, 64)                 # the length-generalization split
+    run = tasks.fit(model, task, steps=500); tasks.evaluate(run.model, task.longer(4))
 
 Batches depend on the key alone: there is no stream to rewind, and `batch` runs under `jax.jit`.
 """
 
 from attnjax.tasks.base import Batch, Task
 from attnjax.tasks.copying import Copy, Induction, SelectiveCopy
+from attnjax.tasks.fit import Fit, evaluate, fit
 from attnjax.tasks.needle import MultiKeyNeedle, Passkey, stdlib_text
 from attnjax.tasks.recall import MQAR, RetrievalChain
 from attnjax.tasks.regression import LinearRegression
@@ -37,6 +39,7 @@ __all__ = [
     "Batch",
     "Copy",
     "Counting",
+    "Fit",
     "FlipFlop",
     "Induction",
     "LinearRegression",
@@ -47,5 +50,7 @@ __all__ = [
     "SelectiveCopy",
     "StateTracking",
     "Task",
+    "evaluate",
+    "fit",
     "stdlib_text",
 ]

@@ -181,11 +181,11 @@ def test_documents_of_a_row_do_not_see_each_other(config):
     rows = ByteData(parts.config.data).batch(0, 0, 32)
     index = next(i for i in range(32) if rows["segment_ids"][i].max() >= 2)
     row = {name: jnp.asarray(x[index : index + 1]) for name, x in rows.items()}
-    packed, _ = batch_losses(model, row, 64)
+    packed, *_ = batch_losses(model, row, 64)
     where = np.flatnonzero(np.asarray(row["segment_ids"])[0] == 2)
     alone = {name: x[:, where[0] : where[-1] + 1] for name, x in row.items()}
     alone = {**alone, "segment_ids": jnp.ones_like(alone["inputs"])}
-    wanted, _ = batch_losses(model, alone, 64)
+    wanted, *_ = batch_losses(model, alone, 64)
     np.testing.assert_allclose(packed[:, where[0] : where[-1] + 1], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_validation_sums_by_quarter(config):
     total = 0.0
     for batch in data.validation(4):
         loss, tokens = step(params, batch)
-        plain, _ = batch_losses(parts.skeleton.model(params), jax.tree.map(jnp.asarray, batch), 64)
+        plain, *_ = batch_losses(parts.skeleton.model(params), jax.tree.map(jnp.asarray, batch), 64)
         counted = batch["targets"] >= 0
         for quarter in range(4):
             member = counted & (batch["positions"] // 16 == quarter)
