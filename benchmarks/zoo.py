@@ -47,9 +47,9 @@ class Plan:
     passkey: bool
 
 
-QUICK = Plan({"mqar": 300, "flip_flop": 100, "text": 40}, (1024,), False)
+QUICK = Plan({"mqar": 200, "flip_flop": 100, "text": 40}, (1024,), False)
 FULL = Plan(
-    {"mqar": 3000, "flip_flop": 1500, "text": 1000, "passkey": 2000},
+    {"mqar": 1000, "flip_flop": 1500, "text": 1000, "passkey": 2000},
     (1024, 2048, 4096, 8192, 16384),
     True,
 )

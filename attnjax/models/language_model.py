@@ -49,6 +49,10 @@ class LanguageModelConfig:
       rope_scaling: context extension, see `MultiHeadAttention`; None is none.
       qk_norm: RMS norm of queries and keys by head in softmax layers.
       scale_embeddings: multiply embeddings by sqrt(width) (TransNormerLLM).
+      embed_std: standard deviation of the embedding table at the start. None: 1 for a table of its
+        own, so that a token's vector is as large as what the mixers add to it (with 0.02 recall
+        takes ten times as many steps to be learned), width^-0.5 where it is scaled; 0.02 for an
+        unscaled table that also makes the logits.
       scan_layers: run repeated layers in `jax.lax.scan`; False unrolls them, same parameters.
       remat: what the backward pass keeps: "none" recomputes nothing, "full" all, "dots" keeps
         products with weights, "names" keeps what goes into the residual stream.
@@ -76,6 +80,7 @@ class LanguageModelConfig:
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     scale_embeddings: bool = False
+    embed_std: float | None = None
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -106,6 +111,15 @@ class LanguageModelConfig:
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the embedding table at the start."""
+        if self.embed_std is not None:
+            return self.embed_std
+        if self.scale_embeddings:
+            return self.width**-0.5
+        return 0.02 if self.tie_embeddings else 1.0
+
+    @property
     def hidden_width(self) -> int:
         """Width inside the MLP."""
         return -(-8 * self.width // 48) * 16 if self.mlp_width is None else self.mlp_width
@@ -127,7 +141,8 @@ class LanguageModel(nnx.Module):
             dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
         )
         small = nnx.initializers.normal(0.02)
-        self.embed = Embed(config.vocab_size, config.width, init=small, **options)
+        table = nnx.initializers.normal(config.embedding_std)
+        self.embed = Embed(config.vocab_size, config.width, init=table, **options)
         self.layers = LayerStack(config, rngs=rngs)
         self.norm = NORMS[config.norm](config.width, param_dtype=config.param_dtype)
         self.head = nnx.data(None)

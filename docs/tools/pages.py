@@ -9,8 +9,9 @@ from attnjax.spec import Mechanism
 from docs.tools import tables
 
 CAPTION = (
-    "A small instance with random parameters. Influence is the norm of the gradient of output t "
-    "with respect to input s, relative to the largest in its row; its square root is shown."
+    "A small instance with random parameters; rows t are queries, columns s keys. Influence is the "
+    "norm of the gradient of output t with respect to input s, relative to the largest in its row; "
+    "its square root is shown."
 )
 
 
@@ -34,6 +35,11 @@ def page(spec: Mechanism, picture: str | None) -> str:
     """
     module = ".".join(source(spec).with_suffix("").parts)
     parts = [f"# {spec.id}", f"{tables.paper(spec)}."]
+    if spec.reading:
+        parts.append(
+            f'!!! note "Our reading"\n    {spec.reading} Where the authors publish more, this may '
+            "change."
+        )
     if picture:
         parts.append(f"![What a small {spec.id} computes]({picture})\n\n{CAPTION}")
     parts += [_facts(spec), f"## Interface\n\n::: {module}"]
@@ -52,6 +58,7 @@ def _facts(spec: Mechanism) -> str:
         "kernel": f"`{spec.kernel}`",
         "official code": f"[{spec.code}](https://github.com/{spec.code})" if spec.code else "none",
         "source": f"`{source(spec)}`",
+        "equal to official numbers": tables.golden(spec),
         "tests": _tests(spec),
     }
     for options, other in spec.reduces_to.items():

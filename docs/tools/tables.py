@@ -44,6 +44,19 @@ def mechanism_table(link: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def golden(spec: Mechanism) -> str:
+    """Golden cases of a mechanism with the largest recorded error, as text."""
+    if not spec.golden:
+        return "no golden case: reductions and an independent reference in the tests"
+    results = golden_results()
+    shown = []
+    for case in spec.golden:
+        found = results.get(case)
+        error = f" {found['worst']:.0e} ({found['dtype']})" if found else ""
+        shown.append(f"`{case}`{error}")
+    return ", ".join(shown)
+
+
 def calls(spec: Mechanism) -> str:
     """Function and module of a mechanism, as code."""
     found = [obj.__name__ for obj in (spec.function, spec.module) if obj is not None]
