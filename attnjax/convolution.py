@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 def causal_conv(
     x: Float[Array, "b t *c"],
-    kernel: Float[Array, "w *c"],
-    bias: Float[Array, "*c"] | None = None,
+    kernel: Float[Array, "w *#c"],
+    bias: Float[Array, "*#c"] | None = None,
     *,
     state: Float[Array, "b w1 *c"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
@@ -66,7 +66,7 @@ def causal_conv(
         y = y + bias[None, None].astype(x.dtype)
     if valid is None:
         return y, past[:, t:]
-    count = valid.astype(jnp.int32).sum(1)
+    count = valid.sum(1, dtype=jnp.int32)
     where = count[:, None] + jnp.arange(w - 1, dtype=jnp.int32)[None]
     where = where.reshape(*where.shape, *(1,) * channels)
     return y, jnp.take_along_axis(past, where, axis=1)

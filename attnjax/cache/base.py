@@ -19,7 +19,7 @@ def valid_count(valid: Bool[Array, "b t"] | None, like: Int[Array, "b t"]) -> In
     """How many new tokens of each row are real; all of them where `valid` is None."""
     if valid is None:
         return jnp.full((like.shape[0],), like.shape[1], jnp.int32)
-    return valid.astype(jnp.int32).sum(axis=1)
+    return valid.sum(axis=1, dtype=jnp.int32)
 
 
 def write_rows(

@@ -2,7 +2,8 @@
 
 The files in `data/` are used, or those in $GOLDEN_DIR. An adapter reads every size and option from
 the file, so the same test runs on other files of its case. A key that the adapter does not use
-fails the test unless the adapter lists it in UNUSED = {name: why}.
+fails the test unless the adapter lists it in UNUSED = {name: why}. With ATTNJAX_RECORD_GOLDEN=1 the
+largest errors are recorded, see `tests/golden/record.py`.
 """
 
 import importlib
@@ -11,11 +12,13 @@ import pathlib
 
 import pytest
 
+import attnjax
+from tests.golden import record
 from tests.golden.compare import GoldenFile
 
 HERE = pathlib.Path(__file__).parent
 FOLDER = pathlib.Path(os.environ.get("GOLDEN_DIR", HERE / "data"))
-ADAPTERS = {p.stem for p in HERE.glob("*.py")} - {"__init__", "compare", "test_golden"}
+ADAPTERS = {p.stem for p in HERE.glob("*.py")} - {"__init__", "compare", "record", "test_golden"}
 FILES = sorted(FOLDER.glob("*.npz"))
 
 
@@ -35,17 +38,35 @@ def test_every_adapter_has_data():
         assert {case_of(path) for path in FILES} == ADAPTERS
 
 
+def test_every_case_of_a_mechanism_has_an_adapter():
+    named = {case for spec in attnjax.mechanisms().values() for case in spec.golden}
+    assert named <= ADAPTERS
+
+
+def test_results_of_files_are_joined_by_case():
+    parts = {
+        "one_a": {"worst": 1e-9, "tolerance": 1e-8, "arrays": 2, "dtype": "float64"},
+        "one_b": {"worst": 2e-6, "tolerance": 1e-5, "arrays": 3, "dtype": "float32"},
+    }
+    want = {"worst": 2e-6, "tolerance": 1e-5, "arrays": 5, "dtype": "float32, float64"}
+    assert record.merge(parts) == {"one": want}
+
+
 @pytest.mark.parametrize(
     "path", [p for p in FILES if case_of(p) in ADAPTERS], ids=lambda path: path.stem
 )
 def test_golden(path):
     adapter = importlib.import_module(f"tests.golden.{case_of(path)}")
     data = GoldenFile(path)
-    wrong = []
-    for compare in adapter.check(data):
-        error = compare.error()
-        if not error <= compare.rtol:
-            wrong.append(f"{compare.name}: error {error:.2e}, allowed {compare.rtol:.0e}")
+    compares = [(compare, compare.error()) for compare in adapter.check(data)]
+    wrong = [
+        f"{compare.name}: error {error:.2e}, allowed {compare.rtol:.0e}"
+        for compare, error in compares
+        if not error <= compare.rtol
+    ]
     unused = [name for name in data.unread() if name not in getattr(adapter, "UNUSED", {})]
+    assert compares, "the adapter compared nothing"
     assert not wrong, "; ".join(wrong)
     assert not unused, f"keys that the adapter does not read: {unused}"
+    if os.environ.get("ATTNJAX_RECORD_GOLDEN"):
+        record.write_part(path.stem, compares)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from attnjax.masks import Strided
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.mechanisms.sparse.longgen import (
     BlockStrideAttention,
@@ -19,6 +20,7 @@ from attnjax.mechanisms.sparse.longgen import (
 )
 from attnjax.models import LanguageModel, LanguageModelConfig, parse_pattern
 from attnjax.models.pattern import layer_groups
+from pallas_kernels.blocklist import block_list
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,48 @@ def test_from_dense_keeps_every_weight():
     want = jax.jit(lambda t: dense(t))(tokens)
     assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert np.abs(jax.jit(lambda t: sparse(t))(tokens) - want).max() > 1e-4
+
+
+def test_context_extension_changes_the_base_alone():
+    """The recipe's larger base: every weight is the dense model's, every layer turns slower."""
+    config = LanguageModelConfig(
+        vocab_size=11, width=8, num_layers=3, num_heads=2, mlp_width=8, mixers="softmax",
+        rope_base=1e4, max_length=16,
+    )  # fmt: skip
+    dense = LanguageModel(config, rngs=nnx.Rngs(0))
+    sizes = {"block": 4, "stride": 2, "local": 2}
+    long = from_dense(dense, rope_base=5e6, max_length=64, **sizes)
+    assert (long.config.rope_base, long.config.max_length) == (5e6, 64)
+    assert dense.config.rope_base == 1e4
+    back = long.with_mixers("softmax")
+    states = [nnx.to_pure_dict(nnx.state(m)) for m in (dense, back)]
+    jax.tree.map(assert_array_equal, *states)
+    assert {b.mixer.rope_base for unit in long.layers.groups for b in unit} == {5e6}
+    tokens = jax.random.randint(jax.random.key(0), (1, 40), 0, 11)
+    graph, params, rest = nnx.split(long, nnx.Param, ...)
+
+    @jax.jit
+    def loss(params):
+        logits = nnx.merge(graph, params, rest)(tokens[:, :-1])
+        chances = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1).mean()
+
+    grads = jax.grad(loss)(params)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="rope_base=0.0 must be positive"):
+        from_dense(dense, rope_base=0.0, **sizes)
+
+
+def test_visited_blocks_of_the_sparse_layers():
+    """At 128k tokens a sparse layer visits about 7 % of the keys per row, plus the band."""
+    length, block, stride, local = 131072, 64, 16, 16
+    tiles = block_list(Strided(block, stride, local), length, length, block_q=block, block_kv=block)
+    n = length // block
+    band = sum(min(i + 1, local) for i in range(n))
+    far = sum(-(-max(i + 1 - local, 0) // stride) for i in range(n))
+    assert tiles.stats()["visited"] == band + far
+    causal = n * (n + 1) // 2
+    assert 0.06 < (band + far) / causal < 0.085
 
 
 def test_from_dense_refuses_other_weights():

@@ -1,0 +1,1 @@
+"""Heads and experts chosen or weighted by a gate, token by token."""

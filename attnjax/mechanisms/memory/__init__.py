@@ -1,0 +1,1 @@
+"""Attention joined with a memory: recurrences, learned stores, updates at test time."""

@@ -1,0 +1,70 @@
+"""Mechanisms as mixers of a language model: hybrids, decoding, auxiliary losses."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnjax.models import LanguageModel, LanguageModelConfig
+from attnjax.models.registry import mixer_ids
+from attnjax.spec import mechanisms
+
+CONFIG = dict(vocab_size=13, width=16, num_heads=2, mlp_width=24)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 14)), jnp.int32)
+
+
+def model(mixers, layers, **options):
+    config = LanguageModelConfig(num_layers=layers, mixers=mixers, **(CONFIG | options))
+    return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "mixers",
+    [
+        "gated_deltanet*2, cope, window(4)+sink(1)",
+        "moh(num_shared=1,top_k=1), rat(chunk_size=4), lightning, mdha",
+        "mamba2*3, duo_attention",
+    ],
+)
+def test_hybrids_decode_as_they_compute(mixers):
+    net = model(mixers, 4)
+    want = net(TOKENS)
+    cache, outputs = net.init_cache(2, 16), []
+    for start, stop in ((0, 6), *((i, i + 1) for i in range(6, 14))):
+        logits, cache = net(TOKENS[:, start:stop], cache=cache)
+        outputs.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, rtol=1e-4, atol=1e-5)
+
+
+def test_mixer_argument_replaces_the_pattern():
+    config = LanguageModelConfig(num_layers=2, **CONFIG)
+    net = LanguageModel(config, mixer="retnet", rngs=nnx.Rngs(0))
+    assert {m.kind for m in net.layers.mixers} == {"retnet"}
+    assert net.config.mixers == "retnet"
+
+
+def test_options_reach_the_module():
+    net = model("cope(num_positions=5,gate=separate), softmax", 2)
+    assert net.layers.groups[0][0].mixer.table.shape[-1] == 5
+
+
+def test_grouped_heads_where_the_mechanism_has_them():
+    net = model("cog_attention, retnet", 2, num_kv_heads=1)
+    assert net.layers.groups[0][0].mixer.num_kv_heads == 1
+
+
+def test_auxiliary_losses_of_all_layers():
+    net = model("moh, softmax", 4)
+    assert net.has_aux_loss
+    _, captured = net(TOKENS, capture=("aux_loss",))
+    assert captured["aux_loss"].shape == (4,)
+    np.testing.assert_array_equal(np.isnan(captured["aux_loss"]), [False, True, False, True])
+    assert not model("softmax", 2).has_aux_loss
+
+
+def test_every_causal_module_is_a_mixer_or_says_why():
+    for name, spec in mechanisms().items():
+        if spec.causal and spec.kind == "module" and spec.module is not None:
+            assert name in mixer_ids() or spec.nd > 1, name
