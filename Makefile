@@ -13,7 +13,7 @@ WORKERS ?= 2
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format types docs docs-serve readme notebooks bench wheel dev clean \
+.PHONY: help train test test-all golden lint format types docs docs-serve readme notebooks bench wheel dev clean \
   aot portability tpu-static gpu-smoke
 
 help:  ## Show this list
@@ -38,11 +38,14 @@ dev: $(VENV)/.dev-stamp  ## Set up .venv with everything for development
 train: $(VENV)/.train-stamp  ## Train the demo model on real text (<= 5 minutes on 2 cores); resumes
 	$(BIN)/python -m train run demo $(ARGS)
 
-test: $(VENV)/.dev-stamp  ## Run the default tests (<= 15 minutes on 2 cores)
+test: $(VENV)/.dev-stamp  ## Run the default tests (<= 20 minutes on 2 cores)
 	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 test-all: $(VENV)/.dev-stamp  ## Run all tests, the slow and the exhaustive ones too
 	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) -m "" $(TESTS)
+
+golden: $(VENV)/.dev-stamp  ## Compare with official implementations and record the errors
+	$(WITH_AOT) $(BIN)/python -m tests.golden.record -n $(WORKERS)
 
 lint: $(VENV)/.dev-stamp  ## Check style and formatting
 	$(BIN)/ruff check .

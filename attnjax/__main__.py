@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.resources
 import inspect
 import json
 import shutil
@@ -13,10 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnjax.spec import Mechanism, mechanisms
-
-RESULTS = "golden_results.json"
-"""Recorded results of golden cases, {case: {worst, tolerance, arrays, dtype}}; may be absent."""
+from attnjax.spec import Mechanism, golden_results, mechanisms
 
 FORMATS = ("text", "markdown", "json")
 
@@ -43,12 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(_detail(spec, results, markdown=args.format == "markdown"))
     return 0
-
-
-def golden_results() -> dict[str, Any]:
-    """Recorded results by case, {} where none were recorded."""
-    file = importlib.resources.files("attnjax") / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def options(spec: Mechanism) -> dict[str, dict[str, str]]:

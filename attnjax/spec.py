@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.resources
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,6 +111,16 @@ def mechanisms() -> dict[str, Mechanism]:
             )
         table[spec.id] = spec
     return dict(sorted(table.items()))
+
+
+def golden_results() -> dict[str, Any]:
+    """The recorded errors against official implementations, by golden case.
+
+    `{case: {"worst": largest relative error, "tolerance", "arrays", "dtype"}}`, {} where none were
+    recorded. `make golden` records them.
+    """
+    file = importlib.resources.files("attnjax") / "golden_results.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def public_names(wanted: Callable[[Any], bool]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ absolute: query 0 faces key 0. `.dense(T)`, `.density(T)` and `.plot(T)` show wh
 
 from attnjax.masks.base import And, Mask, Not, Or
 from attnjax.masks.heads import PerHead, per_head
+from attnjax.masks.multihop import Documents, Rectangle, causal_within_document, prefix_lm
 from attnjax.masks.neighborhood import Neighborhood
 from attnjax.masks.patterns import BlockPattern, Predicate, Strided
 from attnjax.masks.sequences import Lengths, Prefix, Segments
@@ -21,6 +22,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Dilated",
+    "Documents",
     "Full",
     "Lengths",
     "Mask",
@@ -30,9 +32,12 @@ __all__ = [
     "PerHead",
     "Predicate",
     "Prefix",
+    "Rectangle",
     "Segments",
     "Sink",
     "Strided",
     "Window",
+    "causal_within_document",
     "per_head",
+    "prefix_lm",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +15,14 @@ from attnjax.layers import default_kernel_init
 from attnjax.mechanisms.linear.lightning_attention import LightningAttention, lightning_slopes
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.mechanisms.sparse.longgen import BlockStrideAttention
+from attnjax.mixer import SequenceMixer
 from attnjax.models import registry
 from attnjax.models.layers import MLPS, NORMS
 from attnjax.models.pattern import Mixer
 from attnjax.taps import BLOCK_SITES, Edits, Tap
+
+_OWN = {"slopes", "inputs_q", "inputs_k", "inputs_v", "is_causal", "rngs", "decode"}
+"""Arguments of some mixers' calls that are set by the model or belong to cross-attention."""
 
 SAVED_NAMES = ("mixer_out", "mlp_out")
 """Names of the activations that the rematerialization policy "names" keeps."""
@@ -56,6 +62,7 @@ class Block(nnx.Module):
         segment_ids: Any,
         valid: Any,
         capture: frozenset[str],
+        mixer_inputs: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """One layer.
 
@@ -67,6 +74,7 @@ class Block(nnx.Module):
           key: key for dropout, or None where there is none.
           positions, segment_ids, valid: as in the mixers.
           capture: sites; those that the layer does not have are left out of the result.
+          mixer_inputs: further arguments by name, for mixers that take them.
 
         Returns:
           (x, cache or None, captured arrays by site).
@@ -75,6 +83,8 @@ class Block(nnx.Module):
         inside = capture.intersection(self.mixer.sites)
         keys = (None, None) if key is None else jax.random.split(key)
         options: dict[str, Any] = {} if slopes is None else {"slopes": slopes}
+        taken = self.mixer_arguments
+        options |= {n: value for n, value in (mixer_inputs or {}).items() if n in taken}
         x = tap("resid_pre", x)
         result = self.mixer(
             self.mixer_norm(x),
@@ -93,6 +103,12 @@ class Block(nnx.Module):
         y = tap("mlp_out", self.mlp(self.mlp_norm(x)))
         x = tap("resid_post", x + self._dropout(checkpoint_name(y, "mlp_out"), keys[1]))
         return x, cache, captured | tap.captured
+
+    @property
+    def mixer_arguments(self) -> set[str]:
+        """Arguments of the mixer's call beyond those that every mixer has."""
+        taken = inspect.signature(type(self.mixer).__call__).parameters
+        return set(taken) - set(inspect.signature(SequenceMixer.__call__).parameters) - _OWN
 
     def _dropout(self, y: jax.Array, key: Any) -> jax.Array:
         if key is None:

@@ -24,6 +24,7 @@ def generate(
     eos: int | None = None,
     prompt_lengths: Int[Array, " b"] | None = None,
     cache_dtype: Any = None,
+    mixer_inputs: Any = None,
 ) -> Int[Array, "b n"]:
     """Continues prompts.
 
@@ -39,6 +40,8 @@ def generate(
       eos: token that ends a row; the rest of the row repeats it. None never ends.
       prompt_lengths: real tokens in each row of the prompt; None is all of them.
       cache_dtype: of cached keys and values; None is the model's.
+      mixer_inputs: further arguments of the mixers' calls for the prompt, by name (see
+        `LanguageModel.hidden`); new tokens get none.
 
     Returns:
       The new tokens [b, n], without the prompt, in the dtype of the prompt.
@@ -62,6 +65,7 @@ def generate(
         None if greedy else jnp.asarray(temperature, jnp.float32),
         None if top_p is None or greedy else jnp.asarray(top_p, jnp.float32),
         None if eos is None else jnp.asarray(eos, prompt.dtype),
+        mixer_inputs,
         max_new_tokens=max_new_tokens,
         top_k=None if greedy else top_k,
         cache_dtype=cache_dtype,
@@ -101,6 +105,7 @@ def _generate(
     temperature: Any,
     top_p: Any,
     eos: Any,
+    mixer_inputs: Any,
     *,
     max_new_tokens: int,
     top_k: int | None,
@@ -114,7 +119,8 @@ def _generate(
     if prompt_lengths is not None:
         last = prompt_lengths.astype(jnp.int32) - 1
         valid = jnp.arange(t, dtype=jnp.int32)[None, :] <= last[:, None]
-    hidden, cache = model.hidden(prompt, cache=cache, valid=valid, deterministic=True)
+    options = {} if mixer_inputs is None else {"mixer_inputs": mixer_inputs}
+    hidden, cache = model.hidden(prompt, cache=cache, valid=valid, deterministic=True, **options)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
     def choose(hidden: jax.Array, i: Any) -> jax.Array:

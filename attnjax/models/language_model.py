@@ -12,7 +12,7 @@ models have in their first layer only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -169,12 +169,13 @@ class LanguageModel(nnx.Module):
         dropout_rng: Any = None,
         edits: Edits | None = None,
         capture: Iterable[str] = (),
+        mixer_inputs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Scores of the next token at every position.
 
         Args:
           tokens, positions, segment_ids, cache, valid: see `hidden`.
-          deterministic, dropout_rng, edits, capture: see `hidden`.
+          deterministic, dropout_rng, edits, capture, mixer_inputs: see `hidden`.
 
         Returns:
           logits [b, t, vocab] in float32; `(logits, cache)` with a cache; captured arrays last.
@@ -189,6 +190,7 @@ class LanguageModel(nnx.Module):
             dropout_rng=dropout_rng,
             edits=edits,
             capture=capture,
+            mixer_inputs=mixer_inputs,
         )
         if isinstance(result, tuple):
             return (self.unembed(result[0]), *result[1:])
@@ -206,6 +208,7 @@ class LanguageModel(nnx.Module):
         dropout_rng: Any = None,
         edits: Edits | None = None,
         capture: Iterable[str] = (),
+        mixer_inputs: Mapping[str, Any] | None = None,
     ) -> Any:
         """The normalized hidden states from which `unembed` makes logits.
 
@@ -219,6 +222,8 @@ class LanguageModel(nnx.Module):
           dropout_rng: key for dropout; every layer folds in its index.
           edits: interventions, every array with a leading axis over all layers.
           capture: names of sites (`attnjax.taps.SITES`).
+          mixer_inputs: further arguments of the mixers' calls by name, such as the `documents` of
+            "pine" or the `image_start` of "cca"; every mixer that takes one gets it.
 
         Returns:
           h [b, t, m]; `(h, cache)` with a cache; captured arrays as a dict last, each
@@ -261,6 +266,7 @@ class LanguageModel(nnx.Module):
             positions=positions,
             segment_ids=segment_ids,
             valid=valid,
+            mixer_inputs=mixer_inputs,
         )
         result = (self.norm(x),)
         result += () if cache is None else (cache,)

@@ -9,7 +9,7 @@ output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ class LayerStack(nnx.Module):
         positions: Any = None,
         segment_ids: Any = None,
         valid: Any = None,
+        mixer_inputs: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """Runs x [b, t, m] through all layers; see `LanguageModel.hidden` for the arguments.
 
@@ -65,6 +66,8 @@ class LayerStack(nnx.Module):
         config = self.config
         capture = Tap(edits, capture).capture  # checks the names
         _check_layers("edits", edits, config.num_layers)
+        further = dict(mixer_inputs or {})
+        self._check_inputs(further)
         slopes = layer_slopes(config, list(self.mixers))
         keys = None
         if dropout_key is not None:
@@ -75,8 +78,9 @@ class LayerStack(nnx.Module):
 
         def run(block: Block, x: jax.Array, rest: tuple[Any, ...]) -> tuple[jax.Array, Any, Any]:
             return block(
-                x, *rest, positions=positions, segment_ids=segment_ids, valid=valid, capture=capture
-            )
+                x, *rest, positions=positions, segment_ids=segment_ids, valid=valid,
+                capture=capture, mixer_inputs=further,
+            )  # fmt: skip
 
         caches, captured, first = [], [], 0
         for place, (unit, repeats) in enumerate(self.shape):
@@ -114,6 +118,17 @@ class LayerStack(nnx.Module):
             captured.append((repeats, [output[1] for output in outputs]))
             first += size * repeats
         return x, None if cache is None else tuple(caches), _in_layer_order(captured, capture)
+
+    def _check_inputs(self, further: dict[str, Any]) -> None:
+        """Every further argument must be taken by some mixer."""
+        blocks = [block for unit in self.groups for block in unit]
+        taken = {name for block in blocks for name in block.mixer_arguments}
+        for name in further:
+            if name not in taken:
+                raise ValueError(
+                    f"mixer_inputs: no mixer of {self.config.mixers!r} takes {name!r}; further "
+                    f"arguments of its mixers are {', '.join(sorted(taken)) or 'none'}."
+                )
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Any:
         """Empty caches: one per place of each group, stacked over the repeats."""

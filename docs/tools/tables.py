@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import attnjax as aj
-from attnjax.spec import Mechanism
+from attnjax.spec import Mechanism, golden_results
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

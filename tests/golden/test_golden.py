@@ -40,7 +40,7 @@ def test_every_adapter_has_data():
 
 def test_every_case_of_a_mechanism_has_an_adapter():
     named = {case for spec in attnjax.mechanisms().values() for case in spec.golden}
-    assert named <= ADAPTERS
+    assert named == ADAPTERS
 
 
 def test_results_of_files_are_joined_by_case():

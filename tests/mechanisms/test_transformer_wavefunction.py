@@ -12,7 +12,6 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
-from attnjax.mechanisms.softmax.spin_lattice import J1J2, natural_gradient, sample
 from attnjax.mechanisms.softmax.transformer_wavefunction import (
     FactoredAttention,
     WaveFunction,
@@ -20,6 +19,7 @@ from attnjax.mechanisms.softmax.transformer_wavefunction import (
     factored_attention,
     log_cosh,
 )
+from attnjax.tasks.spin_lattice import J1J2, natural_gradient, sample
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}  # float32
 

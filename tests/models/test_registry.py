@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnjax.models import LanguageModel, LanguageModelConfig
+from attnjax.masks.multihop import Documents
+from attnjax.models import LanguageModel, LanguageModelConfig, generate
 from attnjax.models.registry import mixer_ids
 from attnjax.spec import mechanisms
 
@@ -68,3 +69,23 @@ def test_every_causal_module_is_a_mixer_or_says_why():
     for name, spec in mechanisms().items():
         if spec.causal and spec.kind == "module" and spec.module is not None:
             assert name in mixer_ids() or spec.nd > 1, name
+
+
+def test_further_inputs_reach_the_mixers_that_take_them():
+    """Documents in another order change nothing of what follows them: PINE in a model."""
+    net = model("pine", 2)
+    documents = Documents.create(2, [3, 3, 3], batch=2)
+    order = jnp.asarray([0, 1, 8, 9, 10, 2, 3, 4, 5, 6, 7, 11, 12, 13])
+    want = net(TOKENS, mixer_inputs={"documents": documents})[:, 11:]
+    got = net(TOKENS[:, order], mixer_inputs={"documents": documents})[:, 11:]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert np.abs(net(TOKENS)[:, 11:] - net(TOKENS[:, order])[:, 11:]).max() > 1e-3
+    new = [
+        generate(
+            net, tokens, max_new_tokens=4, temperature=0, mixer_inputs={"documents": documents}
+        )
+        for tokens in (TOKENS, TOKENS[:, order])
+    ]
+    np.testing.assert_array_equal(*new)
+    with pytest.raises(ValueError, match="no mixer of 'pine' takes 'document'.*documents"):
+        net(TOKENS, mixer_inputs={"document": documents})

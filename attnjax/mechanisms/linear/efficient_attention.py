@@ -425,6 +425,7 @@ SPEC = Mechanism(
     bidirectional=True,
     nd=3,
     cache="state",
+    golden=("efficient_attention",),
     kernel="linear",
     cost="O(T K V)",
     example=_example,

@@ -446,6 +446,7 @@ SPEC = Mechanism(
     bidirectional=False,
     cache="state",
     segment_ids=True,
+    golden=("lightning",),
     kernel="linear",
     cost="O(T (C (K + V) + K V)), chunk C",
     reduces_to={"slopes=None": "linear_attention"},

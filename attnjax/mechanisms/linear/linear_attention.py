@@ -208,6 +208,7 @@ SPEC = Mechanism(
     bidirectional=False,
     cache="state",
     segment_ids=True,
+    golden=("linear_family",),
     kernel="linear",
     cost="O(T (C (K + V) + K V)), chunk C",
     reduces_to={"decay=[h], scale=1": "lightning_attention"},

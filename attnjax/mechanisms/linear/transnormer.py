@@ -141,6 +141,7 @@ SPEC = Mechanism(
     bidirectional=False,
     cache="state",
     segment_ids=True,
+    golden=("tnl",),
     kernel="linear",
     cost="O(T (C (K + V) + K V)), chunk C",
     example=_example,

@@ -98,6 +98,7 @@ SPEC = Mechanism(
     function=memory_efficient_attention,
     causal=True,
     bidirectional=True,
+    golden=("mea_chunked",),
     kernel="flash",
     cost="O(T^2) time, O(T) memory",
     reduces_to={"any chunk sizes": "softmax"},

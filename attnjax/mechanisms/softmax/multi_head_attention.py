@@ -596,6 +596,7 @@ SPEC = Mechanism(
     bidirectional=True,
     cache="dense",
     segment_ids=True,
+    golden=("explicit_attn_bias", "rope_family"),
     kernel="flash",
     cost="O(T^2), with a window O(T w)",
     reduces_to={"window=T": "multi_head_attention without a window"},

@@ -12,7 +12,7 @@ is, exactly.
 Reference: Rende and Viteritti, "Are queries and keys always relevant? A case study on Transformer
 wave functions", 2024, arXiv:2405.18874; code by the authors in a tutorial of netket/netket
 (docs/tutorials/ViT-wave-function). Its sizes, L = 10, width 60, 10 heads, 4 layers, give 155,620
-parameters. Hamiltonian and optimizer: `attnjax.mechanisms.softmax.spin_lattice`.
+parameters. Hamiltonian and optimizer: `attnjax.tasks.spin_lattice`.
 """
 
 from __future__ import annotations

@@ -426,6 +426,7 @@ SPEC = Mechanism(
     causal=True,
     bidirectional=True,
     nd=3,
+    golden=("natten", "natten_rpb"),
     kernel="neighborhood",
     cost="O(T prod(w))",
     reduces_to={
