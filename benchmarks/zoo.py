@@ -28,6 +28,12 @@ from benchmarks.measure import machine
 ALIASES = {"multi_head_attention", "lightning_attention_2"}
 """Ids that are other names of a mixer that runs anyway ("softmax", "lightning_attention")."""
 
+SETTINGS = {
+    "rcmha": "rcmha(encoding=sinusoid)",
+    "dhsa": "dhsa(hidden=32,budget=64,local_tokens=16)",
+}
+"""Where a mechanism's own sizes are made for larger models: id -> item of the pattern."""
+
 EXTRA = ("softmax", "window(32)+sink(4)", "strided(block=16,stride=4,local=2)")
 """Mixers of the pattern language without an id of their own, and the reference."""
 
@@ -53,6 +59,11 @@ FULL = Plan(
     (1024, 2048, 4096, 8192, 16384),
     True,
 )
+
+
+def default_mixers() -> list[str]:
+    """Every causal mechanism once."""
+    return [*EXTRA, *(SETTINGS.get(i, i) for i in mixer_ids() if i not in ALIASES)]
 
 
 def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
@@ -104,7 +115,7 @@ def run(
     plan = QUICK if quick else FULL
     folder = out / ("zoo-quick" if quick else "zoo")
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = mixers or [*EXTRA, *(i for i in mixer_ids() if i not in ALIASES)]
+    wanted = mixers or default_mixers()
     start, failed = time.monotonic(), []
     for place, mixer in enumerate(wanted, 1):
         path = folder / f"{mixer.replace('(', '_').replace(')', '').replace(',', '_')}.json"

@@ -16,7 +16,7 @@ from attnjax.models import LanguageModel, LanguageModelConfig
 from attnjax.tasks import Task, evaluate, fit, stdlib_text
 
 WIDTH, LAYERS, HEADS = 64, 2, 2
-REFERENCE_MLP = 128
+REFERENCE_MLP = 256
 """Width inside the MLP of the softmax model, whose number of parameters all others are given."""
 
 BYTES_CONTEXT = 256

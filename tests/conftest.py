@@ -26,3 +26,22 @@ if os.environ.get("ATTNJAX_TYPECHECK"):  # shapes and types of annotations, chec
 def key():
     """A random key, the same in every run."""
     return jax.random.key(20240917)
+
+
+_TESTS_BETWEEN_LOOKS, _MANY_MAPPINGS = 25, 30_000
+_ran = 0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs_at_a_time():
+    """Frees compiled programs before the kernel's limit on memory mappings (65,530) is reached.
+
+    Every program of the CPU compiler has mappings of its own, and beyond the limit LLVM crashes.
+    """
+    global _ran
+    yield
+    _ran += 1
+    if _ran % _TESTS_BETWEEN_LOOKS == 0 and os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps", "rb") as file:
+            if sum(1 for _ in file) > _MANY_MAPPINGS:
+                jax.clear_caches()

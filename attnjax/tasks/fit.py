@@ -66,8 +66,9 @@ def fit(
     if steps < 1 or every < 1:
         raise ValueError(f"fit: steps and every must be at least 1, got {steps} and {every}.")
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    warm = max(steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(steps // 10, 1), steps, learning_rate / 20
+        0.0, learning_rate, warm, max(steps, warm + 1), learning_rate / 20
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
     auxiliary = bool(getattr(model, "has_aux_loss", False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,17 +25,17 @@ def model(mixers, layers, **options):
 @pytest.mark.parametrize(
     "mixers",
     [
-        "gated_deltanet*2, cope, window(4)+sink(1)",
-        "moh(num_shared=1,top_k=1), rat(chunk_size=4), lightning, mdha",
-        "mamba2*3, duo_attention",
+        "gated_deltanet, cope, window(4)+sink(1)",
+        "rat(chunk_size=4), mdha, lightning",
     ],
 )
 def test_hybrids_decode_as_they_compute(mixers):
-    net = model(mixers, 4)
-    want = net(TOKENS)
+    net = model(mixers, 3)
+    want = jax.jit(net)(TOKENS)
+    call = jax.jit(lambda tokens, cache: net(tokens, cache=cache))
     cache, outputs = net.init_cache(2, 16), []
-    for start, stop in ((0, 6), *((i, i + 1) for i in range(6, 14))):
-        logits, cache = net(TOKENS[:, start:stop], cache=cache)
+    for start, stop in ((0, 11), *((i, i + 1) for i in range(11, 14))):
+        logits, cache = call(TOKENS[:, start:stop], cache)
         outputs.append(logits)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, rtol=1e-4, atol=1e-5)
 
