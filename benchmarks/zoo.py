@@ -14,11 +14,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from attnjax.models.registry import mixer_ids
 from attnjax.tasks import MQAR, FlipFlop, Passkey
@@ -45,19 +51,23 @@ class Plan:
     Attributes:
       steps: optimizer steps of each task.
       lengths: tokens of the speed rows.
-      passkey: whether the pass key is trained.
+      full: whether the pass key is trained, and recall and flip-flop are also asked at twice the
+        length.
+      jobs: processes, a core each, that share out the mixers.
     """
 
     steps: dict[str, int]
     lengths: tuple[int, ...]
-    passkey: bool
+    full: bool
+    jobs: int
 
 
-QUICK = Plan({"mqar": 200, "flip_flop": 100, "text": 40}, (1024,), False)
+QUICK = Plan({"mqar": 250, "flip_flop": 100, "text": 40}, (1024,), False, 2)
 FULL = Plan(
     {"mqar": 1000, "flip_flop": 1500, "text": 1000, "passkey": 2000},
     (1024, 2048, 4096, 8192, 16384),
     True,
+    1,
 )
 
 
@@ -70,17 +80,18 @@ def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
     """What is measured of a mixer: name -> function that gives numbers."""
     mqar = MQAR(num_pairs=4, text=32, symbols=32)
     flip = FlipFlop(pairs=16)
-    flips = {"trained": flip, "x2": flip.longer(2), "sparse": flip.sparse()}
+    recall, flips = {"trained": mqar}, {"trained": flip, "sparse": flip.sparse()}
+    if plan.full:
+        recall |= {"x2": mqar.longer(2)}
+        flips |= {"x2": flip.longer(2)}
     found: dict[str, Callable[[], Any]] = {
         "parameters": lambda: zoo_models.parameters(zoo_models.equal_config(mixer, 256)),
-        "mqar": lambda: zoo_models.accuracy(
-            mixer, mqar, {"trained": mqar, "x2": mqar.longer(2)}, plan.steps["mqar"]
-        ),
+        "mqar": lambda: zoo_models.accuracy(mixer, mqar, recall, plan.steps["mqar"]),
         "flip_flop": lambda: zoo_models.accuracy(mixer, flip, flips, plan.steps["flip_flop"]),
         "text": lambda: zoo_models.bits_per_byte(mixer, plan.steps["text"]),
         "decoding": lambda: zoo_models.decoding(mixer),
     }
-    if plan.passkey:
+    if plan.full:
         key = Passkey(text=128)
         keys = {str(n): Passkey(text=n) for n in (128, 256, 512)}
         found["passkey"] = lambda: zoo_models.accuracy(mixer, key, keys, plan.steps["passkey"])
@@ -92,7 +103,7 @@ def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks zoo`."""
     parser.add_argument(
-        "--quick", action="store_true", help="fewer steps and lengths: 20 minutes on 2 cores"
+        "--quick", action="store_true", help="fewer steps and lengths: about 20 minutes on 2 cores"
     )
     parser.add_argument(
         "--mixers", nargs="+", metavar="MIXER",
@@ -104,21 +115,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for results, zoo.md and zoo.png (build/benchmarks)",
     )  # fmt: skip
     parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="processes, a core each; default: 1, with --quick 2",
+    )  # fmt: skip
+    parser.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
         "--publish", action="store_true", help="also write docs/zoo.md and docs/assets/zoo.png"
     )
 
 
 def run(
-    quick: bool, mixers: list[str] | None, fresh: bool, out: pathlib.Path, publish: bool
+    quick: bool,
+    mixers: list[str] | None,
+    fresh: bool,
+    out: pathlib.Path,
+    publish: bool,
+    jobs: int | None = None,
+    no_report: bool = False,
 ) -> int:
     """Measures, prints one line per mechanism, writes table and picture; 1 when one failed."""
     plan = QUICK if quick else FULL
+    plan = dataclasses.replace(plan, jobs=jobs or plan.jobs)
     folder = out / ("zoo-quick" if quick else "zoo")
     folder.mkdir(parents=True, exist_ok=True)
     wanted = mixers or default_mixers()
+    if plan.jobs > 1:
+        status = _share_out(wanted, plan.jobs, quick, fresh, out)
+    else:
+        status = _measure(wanted, plan, fresh, folder)
+    if no_report:
+        return status
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    settings = {"plan": dataclasses.asdict(plan), "machine": machine()}
+    targets = [(out / "zoo.md", out / "zoo.png", "zoo.png")]
+    if publish:
+        targets.append(
+            (pathlib.Path("docs/zoo.md"), pathlib.Path("docs/assets/zoo.png"), "assets/zoo.png")
+        )
+    for page, picture, address in targets:
+        picture.write_bytes(zoo_report.picture(rows))
+        page.write_text(zoo_report.page(rows, settings, address, quick))
+        print(f"written: {page}, {picture}")
+    return status
+
+
+def _measure(wanted: list[str], plan: Plan, fresh: bool, folder: pathlib.Path) -> int:
+    """Measures what is not there yet; 1 when a measurement failed."""
     start, failed = time.monotonic(), []
     for place, mixer in enumerate(wanted, 1):
-        path = folder / f"{mixer.replace('(', '_').replace(')', '').replace(',', '_')}.json"
+        path = folder / f"{re.sub('[^a-z0-9_]+', '-', mixer).strip('-')}.json"
         row = json.loads(path.read_text()) if path.exists() and not fresh else {}
         row |= {"mixer": mixer}
         began = time.monotonic()
@@ -138,17 +183,24 @@ def run(
             f"{time.monotonic() - began:.0f} s, {minutes:.1f} min in all",
             flush=True,
         )
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    settings = {"plan": dataclasses.asdict(plan), "machine": machine()}
-    targets = [(out / "zoo.md", out / "zoo.png", "zoo.png")]
-    if publish:
-        targets.append(
-            (pathlib.Path("docs/zoo.md"), pathlib.Path("docs/assets/zoo.png"), "assets/zoo.png")
-        )
-    for page, picture, address in targets:
-        picture.write_bytes(zoo_report.picture(rows))
-        page.write_text(zoo_report.page(rows, settings, address, quick))
-        print(f"written: {page}, {picture}")
+        jax.clear_caches()  # programs of one mixer are of no use to the next
     if failed:
-        print(f"failed: {', '.join(sorted(set(failed)))}")
+        print(f"failed: {', '.join(sorted(set(failed)))}", flush=True)
     return int(bool(failed))
+
+
+def _share_out(wanted: list[str], jobs: int, quick: bool, fresh: bool, out: pathlib.Path) -> int:
+    """Runs one process per job, each with every jobs-th mixer and, where possible, its own core."""
+    command = [sys.executable, "-m", "benchmarks", "zoo", "--jobs", "1", "--no-report"]
+    command += ["--out", str(out), *(["--quick"] if quick else []), *(["--fresh"] if fresh else [])]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    started = []
+    for job in range(jobs):
+        share = wanted[job::jobs]
+        if not share:
+            continue
+        process = subprocess.Popen([*command, "--mixers", *share])
+        if cores:
+            os.sched_setaffinity(process.pid, {cores[job % len(cores)]})
+        started.append(process)
+    return max(process.wait() for process in started)

@@ -35,6 +35,9 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
     steps = ", ".join(f"{name} {count}" for name, count in plan["steps"].items())
     kind = "quick form: too few steps to rank mechanisms by accuracy" if quick else "full form"
     command = "python -m benchmarks zoo" + (" --quick" if quick else "")
+    cores = f"{machine['cores_used']} cores"
+    if plan.get("jobs", 1) > 1:
+        cores += f" shared out among {plan['jobs']} mixers at a time"
     return "\n".join(
         [
             "# The zoo",
@@ -42,7 +45,7 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
             f"Every causal mechanism as the mixer of the same small model ({kind}). "
             "The MLP's width makes up for the parameters that a mixer has more or fewer.",
             "",
-            f"`{command}` on {machine['processor']}, {machine['cores_used']} cores, jax "
+            f"`{command}` on {machine['processor']}, {cores}, jax "
             f"{machine['versions']['jax']}. Optimizer steps: {steps}.",
             "",
             f"![Accuracy and speed of every mixer]({picture})",

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import zoo, zoo_models, zoo_report
 
-TINY = zoo.Plan({"mqar": 2, "flip_flop": 2, "text": 1}, (64,), False)
+TINY = zoo.Plan({"mqar": 2, "flip_flop": 2, "text": 1}, (64,), False, 1)
 
 
 @pytest.mark.parametrize("mixer", zoo.default_mixers())

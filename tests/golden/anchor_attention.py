@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -21,7 +22,7 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
     options["theta"] = float(data["theta"])
     with jax.enable_x64(wide):
         q, k, v, cot = (jnp.asarray(data[n]).swapaxes(1, 2) for n in ("q", "k", "v", "cotangent"))
-        found = find_anchors(q, k, **options)
+        found = jax.jit(functools.partial(find_anchors, **options))(q, k)
         yield Compare("anchor", found.anchor, data["anchor"], rtol)
         # a file may leave out the blocks and groups that are not whole
         for name, got in (
@@ -37,16 +38,18 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
         def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
             return anchor_attention(q, k, v, return_residual=True, **options)
 
-        out, pull, lse = jax.vjp(forward, q, k, v, has_aux=True)
+        out, pull, lse = jax.vjp(jax.jit(forward), q, k, v, has_aux=True)
         yield Compare("out", out.swapaxes(1, 2), data["out"], rtol)
         yield Compare("lse", lse.swapaxes(1, 2), data["lse"], rtol)
         for name, grad in zip("qkv", pull(cot), strict=True):
             want = data[f"grad_{name}"]
             yield Compare(f"grad_{name}", grad.swapaxes(1, 2), want, rtol if wide else 2e-4)
         for gather in (False, True):
-            released = anchor_attention(q, k, v, partition="released", gather=gather, **options)
+            released = jax.jit(
+                functools.partial(anchor_attention, partition="released", gather=gather, **options)
+            )(q, k, v)
             yield Compare("out_released", released.swapaxes(1, 2), data["out_released"], rtol)
-        masked = anchor_attention(q, k, v, gather=False, **options)
+        masked = jax.jit(functools.partial(anchor_attention, gather=False, **options))(q, k, v)
         yield Compare("out masked", masked.swapaxes(1, 2), data["out"], rtol)
         dense = attention(q, k, v, is_causal=True)
         yield Compare("dense_out", dense.swapaxes(1, 2), data["dense_out"], rtol)

@@ -30,7 +30,7 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
         for form, function in FORMS.items():
             if f"o_{form}" not in data:
                 continue
-            out, pull = jax.vjp(function, q, k, v)
+            out, pull = jax.vjp(jax.jit(function), q, k, v)
             yield Compare(f"o_{form}", out.swapaxes(1, 2), data[f"o_{form}"], rtol)
             for name, grad in zip("qkv", pull(ct), strict=True):
                 want = f"d{name}_{form}"

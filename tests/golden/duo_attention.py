@@ -36,7 +36,7 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
             out_full, out_stream = nnx.merge(graph, params, rest).streams(x_full, x)
             return out_stream, out_full
 
-        out, pull, out_full = jax.vjp(forward, params, x_stream, has_aux=True)
+        out, pull, out_full = jax.vjp(jax.jit(forward), params, x_stream, has_aux=True)
         grads, g_x = pull(jnp.asarray(data["cot"]))
         yield Compare("out_full", out_full, data["out_full"], rtol)
         yield Compare("out_stream", out, data["out_stream"], rtol)
@@ -45,9 +45,10 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
 
         deployed = module.deploy(data["deploy_full_heads"] > 0.5)
         cache = deployed.init_cache(*x.shape[:2])
+        step = jax.jit(lambda x, cache: deployed(x, cache=cache))
         outs, start = [], 0
         for size in data["chunks"]:
-            y, cache = deployed(x[:, start : start + int(size)], cache=cache)
+            y, cache = step(x[:, start : start + int(size)], cache)
             outs.append(y)
             start += int(size)
         yield Compare("deploy_out", jnp.concatenate(outs, axis=1), data["deploy_out"], rtol)
