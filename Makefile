@@ -13,7 +13,7 @@ WORKERS ?= 2
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all golden lint format types docs docs-serve readme notebooks bench wheel dev clean \
+.PHONY: help train test test-slow test-all golden lint format types docs docs-serve readme notebooks bench wheel dev clean \
   aot portability tpu-static gpu-smoke
 
 help:  ## Show this list
@@ -43,6 +43,9 @@ test: $(VENV)/.dev-stamp  ## Run the default tests (<= 20 minutes on 2 cores)
 
 test-all: $(VENV)/.dev-stamp  ## Run all tests, the slow and the exhaustive ones too
 	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) -m "" $(TESTS)
+
+test-slow: $(VENV)/.dev-stamp  ## Run the tests that take long, among them trainings to the end
+	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)
 
 golden: $(VENV)/.dev-stamp  ## Compare with official implementations and record the errors
 	$(WITH_AOT) $(BIN)/python -m tests.golden.record -n $(WORKERS)

@@ -18,7 +18,24 @@ def test_every_mixer_has_as_many_parameters_as_softmax(mixer):
     assert abs(got - wanted) <= 0.01 * wanted
 
 
+@pytest.mark.slow
+def test_every_measurement_is_made():
+    found = {name: measure() for name, measure in zoo.measurements("window(8)", TINY).items()}
+    assert {"parameters", "mqar", "flip_flop", "text", "decoding", "speed_64"} == set(found)
+    assert found["decoding"]["cache_bytes_per_token"] == 0 < found["decoding"]["cache_bytes_fixed"]
+
+
 def test_results_are_kept_and_shown(tmp_path, monkeypatch, capsys):
+    fakes = {
+        "accuracy": {"trained": 0.5, "sparse": 0.25, "loss": 1.0},
+        "bits_per_byte": 3.0,
+        "speed": {"forward": 1e4, "forward+backward": 4e3},
+        "decoding": {
+            "ms_per_token": 1.5, "cache_bytes_per_token": 0.0, "cache_bytes_fixed": 4096.0
+        },
+    }  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(zoo_models, name, lambda *args, value=value: value)
     monkeypatch.setattr(zoo, "QUICK", TINY)
     options = dict(quick=True, mixers=["window(8)"], fresh=False, out=tmp_path, publish=False)
     assert zoo.run(**options) == 0
@@ -26,14 +43,14 @@ def test_results_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     row = json.loads(path.read_text())
     assert {"parameters", "mqar", "flip_flop", "text", "decoding", "speed_64"} < set(row)
     page = (tmp_path / "zoo.md").read_text()
-    assert "| `window(8)` |" in page and "MQAR" in page
+    assert "| `window(8)` |" in page and "| 50.0 % |" in page and "10,000 (4,000)" in page
     assert (tmp_path / "zoo.png").read_bytes().startswith(b"\x89PNG")
 
     def again(*args):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(zoo_models, "accuracy", again)  # nothing is left to measure
-    monkeypatch.setattr(zoo_models, "speed", again)
+    for name in fakes:  # nothing is left to measure
+        monkeypatch.setattr(zoo_models, name, again)
     assert zoo.run(**options) == 0
     assert "window(8)" in capsys.readouterr().out
 

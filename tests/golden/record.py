@@ -26,8 +26,8 @@ def write_part(stem, compares):
     kinds = {np.asarray(compare.want).dtype for compare, _ in compares}
     floats = sorted(str(kind) for kind in kinds if np.issubdtype(kind, np.floating))
     part = {
-        "worst": error,
-        "tolerance": worst.rtol,
+        "worst": float(error),
+        "tolerance": float(worst.rtol),
         "arrays": len(compares),
         "dtype": ", ".join(floats) or "integer",
     }

@@ -78,6 +78,7 @@ def test_interference_grows_with_the_load():
     assert_allclose(np.mean([1 / quality["snr"] for quality in found]), 2.0, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_capacity_grows_with_the_width_of_keys():
     """n* at 90 % accuracy grows about as d, faster than the worst case, and softmax holds more."""
     loads = (2, 4, 8, 16, 32, 64, 128)
