@@ -256,8 +256,8 @@ class OptimisedEfficientSuperAttention(SequenceMixer):
 
 
 def _example() -> tuple[OptimisedEfficientSuperAttention, jax.Array]:
-    module = OptimisedEfficientSuperAttention(2, 16, form="super", max_length=12, rngs=nnx.Rngs(0))
-    spread = 0.3 * jax.random.normal(jax.random.key(2), (12, 12))
+    module = OptimisedEfficientSuperAttention(2, 16, form="super", max_length=32, rngs=nnx.Rngs(0))
+    spread = 0.3 * jax.random.normal(jax.random.key(2), (32, 32))
     module.alignment[...] = module.alignment[...] + spread
     return module, jax.random.normal(jax.random.key(1), (2, 9, 16))
 

@@ -82,7 +82,7 @@ class RCMHA(TransformerXLAttention):
 
 def _example() -> tuple[RCMHA, jax.Array]:
     module = RCMHA(
-        2, 16, max_distance=16, kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0)
+        2, 16, max_distance=64, kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0)
     )
     parameters = (module.table, module.table_bias, module.content_bias)
     for seed, parameter in enumerate(parameters):

@@ -305,8 +305,8 @@ class _Norm(LayerNorm):
 
 
 def _example() -> tuple[FactoredAttention, jax.Array]:
-    module = FactoredAttention(2, 16, grid=(3, 3), rngs=nnx.Rngs(0))
-    return module, jax.random.normal(jax.random.key(1), (2, 9, 16))
+    module = FactoredAttention(2, 16, grid=(4, 8), rngs=nnx.Rngs(0))
+    return module, jax.random.normal(jax.random.key(1), (2, 32, 16))
 
 
 SPEC = Mechanism(
