@@ -103,7 +103,7 @@ def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks zoo`."""
     parser.add_argument(
-        "--quick", action="store_true", help="fewer steps and lengths: about 20 minutes on 2 cores"
+        "--quick", action="store_true", help="fewer steps and lengths"
     )
     parser.add_argument(
         "--mixers", nargs="+", metavar="MIXER",

@@ -50,8 +50,8 @@ class LanguageModelConfig:
       qk_norm: RMS norm of queries and keys by head in softmax layers.
       scale_embeddings: multiply embeddings by sqrt(width) (TransNormerLLM).
       embed_std: standard deviation of the embedding table at the start. None: 1 for a table of its
-        own, so that a token's vector is as large as what the mixers add to it (with 0.02 recall
-        takes ten times as many steps to be learned), width^-0.5 where it is scaled; 0.02 for an
+        own, so that a token's vector is as large as what the mixers add to it, width^-0.5 where it
+        is scaled; 0.02 for an
         unscaled table that also makes the logits.
       scan_layers: run repeated layers in `jax.lax.scan`; False unrolls them, same parameters.
       remat: what the backward pass keeps: "none" recomputes nothing, "full" all, "dots" keeps
