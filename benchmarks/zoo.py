@@ -102,9 +102,7 @@ def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks zoo`."""
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer steps and lengths"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer steps and lengths")
     parser.add_argument(
         "--mixers", nargs="+", metavar="MIXER",
         help="items of the pattern language; default: every causal mechanism",
