@@ -19,6 +19,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, metavar="N",
         help="processes, a core each; default: 1, with --quick 2",
     )  # fmt: skip
-    parser.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--claims", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument(
         "--publish", action="store_true", help="also write docs/zoo.md and docs/assets/zoo.png"
     )
@@ -129,20 +130,30 @@ def run(
     out: pathlib.Path,
     publish: bool,
     jobs: int | None = None,
-    no_report: bool = False,
+    claims: pathlib.Path | None = None,
 ) -> int:
-    """Measures, prints one line per mechanism, writes table and picture; 1 when one failed."""
+    """Measures, prints one line per mechanism, writes table and picture; 1 when one failed.
+
+    Args:
+      quick: the short plan.
+      mixers: items of the pattern language; None is every causal mechanism.
+      fresh: measure again what is there already.
+      out: folder of results, table and picture.
+      publish: write table and picture into the documentation too.
+      jobs: processes; None is the plan's own number.
+      claims: where the processes of one call mark what they have begun; None for the call itself.
+    """
     plan = QUICK if quick else FULL
     plan = dataclasses.replace(plan, jobs=jobs or plan.jobs)
     folder = out / ("zoo-quick" if quick else "zoo")
     folder.mkdir(parents=True, exist_ok=True)
     wanted = mixers or default_mixers()
+    if claims is not None:
+        return _measure(wanted, plan, fresh, folder, claims)
     if plan.jobs > 1:
         status = _share_out(wanted, plan.jobs, quick, fresh, out)
     else:
         status = _measure(wanted, plan, fresh, folder)
-    if no_report:
-        return status
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     settings = {"plan": dataclasses.asdict(plan), "machine": machine()}
     targets = [(out / "zoo.md", out / "zoo.png", "zoo.png")]
@@ -157,13 +168,26 @@ def run(
     return status
 
 
-def _measure(wanted: list[str], plan: Plan, fresh: bool, folder: pathlib.Path) -> int:
-    """Measures what is not there yet; 1 when a measurement failed."""
+def _measure(
+    wanted: list[str],
+    plan: Plan,
+    fresh: bool,
+    folder: pathlib.Path,
+    claims: pathlib.Path | None = None,
+) -> int:
+    """Measures what is not there yet and nobody else has begun; 1 when a measurement failed."""
     start, failed = time.monotonic(), []
     for place, mixer in enumerate(wanted, 1):
-        path = folder / f"{re.sub('[^a-z0-9_]+', '-', mixer).strip('-')}.json"
+        name = re.sub("[^a-z0-9_]+", "-", mixer).strip("-")
+        if claims is not None:
+            try:
+                (claims / name).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+        path = folder / f"{name}.json"
         row = json.loads(path.read_text()) if path.exists() and not fresh else {}
         row |= {"mixer": mixer}
+        row.pop("errors", None)  # what failed is tried again
         began = time.monotonic()
         for name, measure in measurements(mixer, plan).items():
             if name in row:
@@ -188,17 +212,16 @@ def _measure(wanted: list[str], plan: Plan, fresh: bool, folder: pathlib.Path) -
 
 
 def _share_out(wanted: list[str], jobs: int, quick: bool, fresh: bool, out: pathlib.Path) -> int:
-    """Runs one process per job, each with every jobs-th mixer and, where possible, its own core."""
-    command = [sys.executable, "-m", "benchmarks", "zoo", "--jobs", "1", "--no-report"]
-    command += ["--out", str(out), *(["--quick"] if quick else []), *(["--fresh"] if fresh else [])]
+    """Runs one process per job, where possible on its own core; each takes the next free mixer."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    started = []
-    for job in range(jobs):
-        share = wanted[job::jobs]
-        if not share:
-            continue
-        process = subprocess.Popen([*command, "--mixers", *share])
-        if cores:
-            os.sched_setaffinity(process.pid, {cores[job % len(cores)]})
-        started.append(process)
-    return max(process.wait() for process in started)
+    with tempfile.TemporaryDirectory() as claims:
+        command = [sys.executable, "-m", "benchmarks", "zoo", "--claims", claims]
+        command += ["--out", str(out), "--mixers", *wanted]
+        command += [flag for flag, on in (("--quick", quick), ("--fresh", fresh)) if on]
+        started = []
+        for job in range(min(jobs, len(wanted))):
+            process = subprocess.Popen(command)
+            if cores:
+                os.sched_setaffinity(process.pid, {cores[job % len(cores)]})
+            started.append(process)
+        return max(process.wait() for process in started)

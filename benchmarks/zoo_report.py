@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -48,7 +49,7 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
             f"`{command}` on {machine['processor']}, {cores}, jax "
             f"{machine['versions']['jax']}. Optimizer steps: {steps}.",
             "",
-            f"![Accuracy and speed of every mixer]({picture})",
+            f"![What was measured of every mixer, best bits per byte first]({picture})",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
@@ -66,31 +67,61 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
 
 
 def picture(rows: list[Row]) -> bytes:
-    """Recall against bits per byte, and speed by length, as a PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
-    for row in rows:
-        recall, text = row.get("mqar", {}).get("trained"), row.get("text")
-        if recall is not None and text is not None:
-            axes[0].plot(100 * recall, text, "o", color=_color(row), markersize=4)
-            axes[0].annotate(row["mixer"], (100 * recall, text), fontsize=5, alpha=0.8)
-        speeds = {
-            int(name.removeprefix("speed_")): value["forward+backward"]
-            for name, value in row.items()
-            if name.startswith("speed_")
-        }
-        if speeds:
-            lengths = sorted(speeds)
-            axes[1].loglog(
-                lengths, [speeds[n] for n in lengths], "o-", color=_color(row), markersize=3, lw=0.8
+    """One line per mixer, best bits per byte first, one column per measurement, as a PNG."""
+    rows = sorted(rows, key=lambda row: row.get("text") or float("inf"), reverse=True)
+    columns: list[tuple[str, bool, dict[str, list[float | None]]]] = []
+
+    def column(title: str, log: bool, **series: Callable[[Row], float | None]) -> None:
+        found = {label: [value(row) for row in rows] for label, value in series.items()}
+        found = {label: values for label, values in found.items() if any(values)}
+        if found:
+            columns.append((title, log, found))
+
+    def share(task: str, test: str) -> Callable[[Row], float | None]:
+        value = _at(task, test)
+        return lambda row: None if value(row) is None else 100 * (value(row) or 0.0)
+
+    lengths = sorted({int(k.removeprefix("speed_")) for row in rows for k in row if "speed_" in k})
+    column("bits per byte", False, trained=lambda row: row.get("text"))
+    column("MQAR, %", False, **{"trained": share("mqar", "trained"), "x2": share("mqar", "x2")})
+    flips = {test: share("flip_flop", test) for test in ("trained", "x2", "sparse")}
+    column("flip-flop, %", False, **flips)
+    column("pass key, %", False, **{n: share("passkey", n) for n in ("128", "256", "512")})
+    speeds = {f"{n} tokens": _at(f"speed_{n}", "forward+backward") for n in lengths}
+    column("tokens/s, training", True, **speeds)
+    column("decoding, ms/token", True, step=_at("decoding", "ms_per_token"))
+    column("cache, bytes/token", False, growth=_at("decoding", "cache_bytes_per_token"))
+    height = 1.2 + 0.17 * len(rows)
+    figure, axes = plt.subplots(
+        1, max(len(columns), 1), figsize=(3 + 2.1 * len(columns), height), sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    places = list(range(len(rows)))
+    for axis, (title, log, series) in zip(axes[0], columns, strict=False):
+        shades = plt.get_cmap("viridis")
+        for number, (label, values) in enumerate(series.items()):
+            shown = [(v, y) for v, y in zip(values, places, strict=True) if v is not None]
+            color = shades(0.85 * number / max(len(series) - 1, 1))
+            axis.plot(*zip(*shown, strict=True), "o", color=color, markersize=3.5, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xscale("log" if log else "linear")
+        axis.grid(alpha=0.3, lw=0.5)
+        axis.tick_params(labelsize=7)
+        if len(series) > 1:
+            axis.legend(
+                fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3, frameon=False
             )
-            last = lengths[-1]
-            axes[1].annotate(row["mixer"], (last, speeds[last]), fontsize=5, alpha=0.8)
-    axes[0].set(xlabel="MQAR accuracy (%)", ylabel="bits per byte (lower is better)")
-    axes[1].set(xlabel="tokens of a row", ylabel="tokens per second, forward and backward")
+    axes[0, 0].set_yticks(places, [row["mixer"] for row in rows], fontsize=7)
+    axes[0, 0].set_ylim(-0.7, len(rows) - 0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def _at(name: str, key: str) -> Callable[[Row], float | None]:
+    """Reads one figure of a row; None where it was not measured."""
+    return lambda row: (row.get(name) or {}).get(key)
 
 
 def _cells(row: Row, lengths: list[int], passkey: bool) -> list[str]:
@@ -113,13 +144,6 @@ def _cells(row: Row, lengths: list[int], passkey: bool) -> list[str]:
 
 def _rank(row: Row) -> tuple[float, float]:
     return (-(row.get("mqar") or {}).get("trained", 0.0), row.get("text") or 99.0)
-
-
-def _color(row: Row) -> str:
-    decoding = row.get("decoding") or {}
-    if not decoding:
-        return "tab:gray"
-    return "tab:orange" if decoding["cache_bytes_per_token"] == 0 else "tab:blue"
 
 
 def _share(value: float | None) -> str:
