@@ -84,3 +84,30 @@ def check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
             f"{name}: num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}; "
             f"use one of {[g for g in range(1, num_heads + 1) if num_heads % g == 0]}."
         )
+
+
+def check_no_scores(name: str, call: Any, where: str, instead: str) -> None:
+    """Refuses what a call asks of scores and weights, where not all of them exist.
+
+    Args:
+      name: the mechanism.
+      call: an `attnjax.mixer.Call`.
+      where: what keeps only some of the scores, as "with S2Cache".
+      instead: why, and what is supported.
+
+    Raises:
+      NotImplementedError: naming every option of the call that needs all scores.
+    """
+    tap, edits = call.tap, call.tap.edits
+    given = {
+        "mask": call.mask, "key_mask": edits.key_mask, "score_bias": edits.score_bias,
+        "weight_edit": edits.weight_edit, "dropout": call.dropout_key,
+    }  # fmt: skip
+    asked = [option for option, value in given.items() if value is not None]
+    for site in ("scores", "weights"):
+        asked += [f"capture={site!r}"] if site in tap.capture else []
+        asked += [f"edits of {site}"] if tap.edits_site(site) else []
+    if asked:
+        raise NotImplementedError(
+            f"{name}: {', '.join(asked)} {where} is not supported, {instead}."
+        )

@@ -1,10 +1,8 @@
 """Small layers that mechanisms and models share: projections and norms.
 
 Every parameter names its axes in its own metadata key `axes`, as in `("embed", "heads",
-"head_dim")`.
-The names are plain data: one module runs on one device or on a pod, and whoever trains it maps
-  them to
-mesh axes.
+"head_dim")`. The names are plain data: one module runs on one device or on a pod, and whoever
+trains it maps them to mesh axes.
 """
 
 from __future__ import annotations
@@ -150,13 +148,14 @@ class SRMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) · rsqrt(var + epsilon) · scale over the last axis: the QK-norm of flax.nnx.
+    """(x - mean) · rsqrt(var + epsilon) · scale + bias over the last axis, in float32 inside.
 
     Args:
       features: size of the last axis.
       epsilon: added to the variance.
       axis: logical name of the last axis.
-      param_dtype: of the scale, which starts at 1.
+      use_bias: whether there is a bias, which starts at 0. The QK-norm of flax.nnx has none.
+      param_dtype: of scale and bias; the scale starts at 1.
       rngs: not drawn from; taken so that norms are interchangeable.
     """
 
@@ -166,10 +165,14 @@ class LayerNorm(nnx.Module):
         *,
         epsilon: float = 1e-6,
         axis: str | None = "embed",
+        use_bias: bool = False,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
@@ -177,7 +180,8 @@ class LayerNorm(nnx.Module):
         wide = _wide(x)
         centered = wide - wide.mean(-1, keepdims=True)
         y = simple_rms_norm(centered, self.epsilon)
-        return (y * _row(self.scale[...], y)).astype(x.dtype)
+        y = y * _row(self.scale[...], y)
+        return (y if self.bias is None else add_bias(y, self.bias[...])).astype(x.dtype)
 
 
 def simple_rms_norm(x: Float[Array, " ..."], epsilon: float = 1e-6) -> Float[Array, " ..."]:

@@ -9,7 +9,10 @@ dropout and the output projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +25,7 @@ from attnjax.cache import DenseCache, TokenCache
 from attnjax.cache.base import new_positions, valid_count
 from attnjax.checks import check_heads, check_segments
 from attnjax.layers import Projection, add_bias, default_bias_init, default_kernel_init
-from attnjax.masks import Causal, Lengths, Mask
+from attnjax.masks import Causal, Lengths, Mask, Segments
 from attnjax.masks.keys import key_set
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.positions.rope import Layout
@@ -42,6 +45,7 @@ class Call:
     Attributes:
       x: [b, t, m]; zeros where `valid` is False.
       positions: [b, t] int32, absolute; they count on from the cache where none were given.
+      placed: whether positions were given.
       start: tokens already in the cache: 0, or [b] int32. The t new tokens have the indices
         start + 0, 1, ..., which is what masks and caches count by (`positions` need not agree).
       segment_ids, mask, valid: as given, or None.
@@ -49,6 +53,7 @@ class Call:
       causal: whether token t sees tokens up to t only.
       tap: edits and captures.
       dropout_key: key for dropout, or None where it is off.
+      further: every name of the mixer's `further` -> what the call brought, or None.
     """
 
     x: jax.Array
@@ -61,6 +66,16 @@ class Call:
     causal: bool
     tap: Tap
     dropout_key: Any = None
+    placed: bool = False
+    further: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether scores or weights must exist: they are shown, edited or dropped at random."""
+        tap, edits = self.tap, self.tap.edits
+        shown = any(site in tap.capture or tap.edits_site(site) for site in ("scores", "weights"))
+        given = (edits.score_bias, edits.weight_edit, self.dropout_key)
+        return shown or any(value is not None for value in given)
 
     @property
     def count(self) -> Int[Array, " b"]:
@@ -82,47 +97,66 @@ class Call:
         self.cache = self.cache.append(tokens, self.valid)
         return {name: self.cache.tokens[name].astype(array.dtype) for name, array in tokens.items()}
 
-    def keep(self, length: int, layout: Any = None) -> Bool[Array, "#b #h t s"] | None:
+    def visible(
+        self, length: int, layout: Any = None, *, documents: bool = True
+    ) -> Mask | Bool[Array, "#b #h t s"] | None:
         """Which of `length` stored tokens each new one may see; None when it is all of them.
 
         Joins causality, padding, packed documents, the caller's mask, `Edits.key_mask` and the
-        mechanism's own `layout`. For mechanisms that have scores of their own; those of softmax
-        attention use `SequenceMixer.attend`.
+        mechanism's own `layout`.
 
         Args:
           length: s.
           layout: a mask of `attnjax.masks`, or booleans of rank 4, or None.
+          documents: False leaves `segment_ids` out.
+
+        Returns:
+          A mask of `attnjax.masks`; booleans where one of its parts is an array.
         """
-        t = self.x.shape[1]
-        program: Mask | None = None
-        arrays: list[jax.Array] = []
-        for mask in (Causal() if self.causal else None, layout, self.mask, self._key_mask()):
-            if mask is None:
-                continue
-            if isinstance(mask, Mask):
-                program = mask if program is None else program & mask
-            else:
-                arrays.append(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+        lengths, ids, kept = self.lengths(), self.segment_ids, self.tap.edits.key_mask
+        parts = (
+            Causal() if self.causal else None,
+            layout,
+            self.mask,
+            None if kept is None else key_set(kept),
+            None if lengths is None else Lengths(lengths),
+            None if ids is None or not documents else Segments(ids),
+        )
+        programs = [part for part in parts if isinstance(part, Mask)]
+        program = functools.reduce(operator.and_, programs) if programs else None
+        arrays = [
+            part.reshape((1,) * (4 - part.ndim) + part.shape)
+            for part in parts
+            if part is not None and not isinstance(part, Mask)
+        ]
+        if not arrays:
+            return program
         if program is not None:
-            arrays.append(program.dense(t, length, q_offset=self.start))
-        if self.valid is not None and not self.causal:
-            arrays.append(self.valid[:, None, None, :])
-        if self.segment_ids is not None:
-            ids = self.segment_ids
-            same = (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
-            arrays.append(same[:, None])
-        visible = None
-        for array in arrays:
-            visible = array if visible is None else visible & array
+            arrays.append(program.dense(self.x.shape[1], length, q_offset=self.start))
+        return functools.reduce(operator.and_, arrays)
+
+    def keep(self, length: int, layout: Any = None) -> Bool[Array, "#b #h t s"] | None:
+        """`visible` as booleans, for mechanisms that have scores of their own.
+
+        Args:
+          length: s.
+          layout: as in `visible`.
+
+        Returns:
+          Booleans, or None when all tokens are seen.
+
+        Memory: O(t s), and times b or h where they differ by row or head.
+        """
+        visible = self.visible(length, layout)
+        if isinstance(visible, Mask):
+            return visible.dense(self.x.shape[1], length, q_offset=self.start)
         return visible
 
     def lengths(self) -> Int[Array, " b"] | None:
-        """[b] tokens that are real, for `attention`; None when all are or causality hides them."""
-        return None if self.valid is None or self.causal else self.count
-
-    def _key_mask(self) -> Any:
-        kept = self.tap.edits.key_mask
-        return None if kept is None else key_set(kept)
+        """[b] real tokens so far; None when all are, or causality hides the others."""
+        if self.causal or (self.valid is None and self.cache is None):
+            return None
+        return jnp.asarray(self.start, jnp.int32) + self.count.astype(jnp.int32)
 
 
 class SequenceMixer(nnx.Module):
@@ -139,7 +173,12 @@ class SequenceMixer(nnx.Module):
       masked: whether `mask` is supported.
       rotary: whether queries and keys are rotated where `rope_base` is set.
       decodes: whether there is a cache.
+      resumes: whether `segment_ids` go with a cache, which the first document of a call takes up.
+      drops: whether `dropout_rate` is supported.
+      spatial: whether tokens may have several axes, x [b, *spatial, m], when not causal.
       rope_layout: how rotary positions pair the channels, "half" or "interleaved".
+      further: names of further inputs of a call, which `Call.further` hands to `mix`.
+      block_options: options that a model sets, because a block is around the mixer.
 
     Args:
       num_heads: h.
@@ -149,7 +188,7 @@ class SequenceMixer(nnx.Module):
       num_kv_heads: g, divides h; None is h.
       causal: whether token t sees tokens up to t only.
       rope_base: base of rotary positions; None is no rotation.
-      dropout_rate: of the weights.
+      dropout_rate: of the weights, where the mechanism has some.
       deterministic: True turns dropout off; a call's own argument comes first.
       dtype: of the computation; None promotes inputs and parameters.
       param_dtype: of the parameters.
@@ -171,7 +210,12 @@ class SequenceMixer(nnx.Module):
     masked: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     decodes: ClassVar[bool] = True
+    resumes: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
+    spatial: ClassVar[bool] = False
     rope_layout: ClassVar[Layout] = "half"
+    further: ClassVar[tuple[str, ...]] = ()
+    block_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -223,6 +267,11 @@ class SequenceMixer(nnx.Module):
             )
         if not 0.0 <= dropout_rate < 1.0:
             raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {dropout_rate}.")
+        if dropout_rate and not self.drops:
+            raise NotImplementedError(
+                f"{name}: dropout_rate={dropout_rate} is not supported, it drops no weights; "
+                "leave dropout_rate=0."
+            )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = qkv_features // num_heads
         self.in_features = in_features
@@ -274,9 +323,20 @@ class SequenceMixer(nnx.Module):
         )
 
     def output_projection(
-        self, value_dim: int | None = None, *, use_bias: bool | None = None, rngs: nnx.Rngs
+        self,
+        value_dim: int | None = None,
+        *,
+        use_bias: bool | None = None,
+        bias_init: Any = None,
+        rngs: nnx.Rngs,
     ) -> Projection:
-        """The map of all heads [h, e] to the output; assign it to `self.out`."""
+        """The map of all heads [h, e] to the output; assign it to `self.out`.
+
+        Args:
+          value_dim: e; None is d.
+          use_bias, bias_init: None is the module's own.
+          rngs: stream `params`.
+        """
         return Projection(
             (self.num_heads, self.head_dim if value_dim is None else value_dim),
             self.out_features,
@@ -284,7 +344,7 @@ class SequenceMixer(nnx.Module):
             out_axes=("embed",),
             use_bias=self.use_bias if use_bias is None else use_bias,
             kernel_init=self.out_kernel_init,
-            bias_init=self.bias_init,
+            bias_init=bias_init or self.bias_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
@@ -310,6 +370,15 @@ class SequenceMixer(nnx.Module):
         """What a `TokenCache` keeps of each token: name -> shape; None for keys and values."""
         return None
 
+    def token_dtypes(self, dtype: Any) -> dict[str, Any]:
+        """Of what `token_shapes` names, that whose dtype is not the cache's own: name -> dtype.
+
+        Args:
+          dtype: of the cache.
+        """
+        del dtype
+        return {}
+
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Any:
         """An empty cache for `max_length` tokens in each of `batch` rows.
 
@@ -324,7 +393,8 @@ class SequenceMixer(nnx.Module):
         if shapes is None:
             sizes = (batch, max_length, self.num_kv_heads, self.head_dim)
             return DenseCache.create(*sizes, dtype=dtype)
-        return TokenCache.create(batch, max_length, shapes, dtype)
+        kinds = dict.fromkeys(shapes, dtype) | self.token_dtypes(dtype)
+        return TokenCache.create(batch, max_length, shapes, kinds)
 
     def heads(
         self, call: Call, query: jax.Array, key: jax.Array, value: jax.Array
@@ -379,27 +449,8 @@ class SequenceMixer(nnx.Module):
         """
         tap, edits = call.tap, call.tap.edits
         wanted = tuple(site for site in ("scores", "weights") if site in tap.capture)
-        mask: Any = Causal() if call.causal else None
-        arrays: list[jax.Array] = []
-        for part in (
-            layout,
-            call.mask,
-            None if edits.key_mask is None else key_set(edits.key_mask),
-        ):
-            if isinstance(part, Mask):
-                mask = part if mask is None else mask & part
-            elif part is not None:
-                arrays.append(part.reshape((1,) * (4 - part.ndim) + part.shape))
-        if call.lengths() is not None:
-            real = Lengths(call.lengths())
-            mask = real if mask is None else mask & real
         s = key.shape[1] if call.cache is None else call.cache.max_length
-        if arrays:
-            if mask is not None:
-                arrays.append(mask.dense(query.shape[1], s, q_offset=call.start))
-            mask = arrays[0]
-            for array in arrays[1:]:
-                mask = mask & array
+        mask = call.visible(s, layout, documents=False)
         if edits.score_bias is not None:
             bias = edits.score_bias if bias is None else bias + edits.score_bias
         edited = tap.score_mod(call.start)
@@ -467,22 +518,23 @@ class SequenceMixer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t m"],
+        x: Float[Array, "b *t m"],
         *,
         mask: Any = None,
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
+        valid: Bool[Array, "b *t"] | None = None,
         deterministic: bool | None = None,
         dropout_rng: Any = None,
         edits: Edits | None = None,
         capture: Iterable[str] = (),
+        **further: Any,
     ) -> Any:
         """Mixes the tokens of x.
 
         Args:
-          x: [b, t, in_features].
+          x: [b, t, in_features]; [b, *spatial, in_features] where the mechanism allows it.
           mask: a mask of `attnjax.masks`, or booleans broadcastable to [b, h, t, s], True = attend.
           positions: absolute positions; None counts on from the cache's length, or from 0.
           segment_ids: documents packed in a row, which do not see each other.
@@ -493,15 +545,21 @@ class SequenceMixer(nnx.Module):
           dropout_rng: key for dropout.
           edits: interventions of this layer (`attnjax.taps.Edits`).
           capture: names of sites to return.
+          **further: inputs that only some mechanisms take; their classes name them in `further`
+            and describe them. None is the same as leaving one out.
 
         Returns:
-          y [b, t, out_features]; `(y, cache)` with a cache; captured arrays as a dict last.
+          y shaped like x, with width out_features; `(y, cache)` with a cache; captured arrays as a
+          dict last, with all tokens in one axis.
         """
         call = self.begin(
             x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
             deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
+            **further,
         )  # fmt: skip
         y = self.finish(call, self.mix(call))
+        if x.ndim > 3:
+            y = y.reshape(*x.shape[:-1], -1)
         return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
 
     def begin(
@@ -517,32 +575,45 @@ class SequenceMixer(nnx.Module):
         dropout_rng: Any = None,
         edits: Edits | None = None,
         capture: Iterable[str] = (),
+        **further: Any,
     ) -> Call:
         """Checks the arguments of a call; see `__call__`."""
         name = type(self).__name__
-        if x.ndim != 3 or x.shape[-1] != self.in_features:
+        unknown = [word for word in further if word not in self.further]
+        if unknown:
+            raise TypeError(
+                f"{name}: unknown argument {', '.join(unknown)}; further arguments of its call are "
+                f"{', '.join(self.further) or 'none'}."
+            )
+        spatial = self.spatial and not self.causal
+        if not (x.ndim == 3 or (x.ndim > 3 and spatial)) or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"{name}: x must have shape [batch, length, {self.in_features}], got {x.shape}."
+                f"{name}: x must have shape [batch, {'*spatial' if spatial else 'length'}, "
+                f"{self.in_features}], got {x.shape}."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name}: x must be floating point, got {x.dtype}.")
+        lead, x = x.shape[:-1], x.reshape(x.shape[0], -1, x.shape[-1])
         b, t = x.shape[:2]
         self._check(mask, positions, segment_ids, cache, b, t)
         if valid is not None:
-            if valid.shape != (b, t) or valid.dtype != jnp.bool_:
+            if valid.shape != lead or valid.dtype != jnp.bool_:
                 raise ValueError(
-                    f"{name}: valid must be boolean of shape [batch, length] = {(b, t)}, got "
+                    f"{name}: valid must be boolean of shape [batch, length] = {lead}, got "
                     f"{valid.dtype} {valid.shape}."
                 )
+            valid = valid.reshape(b, t)
             # padding may hold anything, NaN too: 0 there keeps states and gradients clean
             x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
         start = 0 if cache is None else cache.length
+        placed = positions is not None
         if positions is None:
             positions = new_positions(jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,)), t)
         return Call(
             x, positions, start, segment_ids, mask, valid, cache, self.causal,
             Tap(edits, capture, sites=self.sites, name=name),
-            self._dropout_key(deterministic, dropout_rng),
+            self._dropout_key(deterministic, dropout_rng), placed,
+            dict.fromkeys(self.further) | further,
         )  # fmt: skip
 
     def _check(
@@ -551,8 +622,8 @@ class SequenceMixer(nnx.Module):
         name = type(self).__name__
         if mask is not None and not self.masked:
             raise NotImplementedError(
-                f"{name}: mask is not supported; use segment_ids for packed documents and valid "
-                "for padding."
+                f"{name}: mask is not supported; use valid for padding"
+                f"{' and segment_ids for packed documents' if self.packed else ''}."
             )
         if positions is not None and positions.shape != (b, t):
             raise ValueError(
@@ -568,7 +639,7 @@ class SequenceMixer(nnx.Module):
         if cache is None:
             return
         self._require_decoding()
-        if segment_ids is not None:
+        if segment_ids is not None and not self.resumes:
             raise NotImplementedError(
                 f"{name}: segment_ids with a cache are not supported; decode one document per row."
             )

@@ -124,10 +124,16 @@ def golden_results() -> dict[str, Any]:
 
 
 def public_names(wanted: Callable[[Any], bool]) -> dict[str, Any]:
-    """Public objects that mechanism files define themselves and that `wanted` accepts, by name."""
+    """Public objects that mechanism files define, or name in `__all__`, by name.
+
+    Args:
+      wanted: whether an object is of the kind that is looked for.
+    """
     return {
         name: x
         for module in _modules()
         for name, x in vars(module).items()
-        if not name.startswith("_") and wanted(x) and x.__module__ == module.__name__
+        if not name.startswith("_")
+        and wanted(x)
+        and (x.__module__ == module.__name__ or name in getattr(module, "__all__", ()))
     }

@@ -146,7 +146,7 @@ def define_primitive(
             body = lower(_platform, device, lowering_devices(ctx))
             # inside shard_map the body computes on this device's share alone
             ctx = ctx.replace(avals_in=[_local(a) for a in ctx.avals_in])
-            with tracing_for(device), _without_axis_types():
+            with tracing_for(device), _without_axis_types(), _triton_allowed():
                 return mlir.lower_fun(body, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, rule, platform=platform)
@@ -175,6 +175,14 @@ def _without_axis_types() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if check is None else check(False)
 
 
+@contextlib.contextmanager
+def _triton_allowed() -> Iterator[None]:
+    """JAX 0.11 warns that the Triton backend will go, which is not for users to act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        yield
+
+
 def _local(aval: Any) -> Any:
     """The aval without the mesh axes it varies over."""
     if not getattr(aval, "manual_axis_type", None):
@@ -185,7 +193,8 @@ def _local(aval: Any) -> Any:
 def triton() -> Any:
     """Pallas' Triton dialect (`load`, `store`, `CompilerParams`), imported when it is first used.
 
-    JAX 0.11 deprecates this backend; nothing outside the Triton kernels may depend on it.
+    JAX 0.11 deprecates this backend, and warns where it is lowered; nothing outside the Triton
+    kernels may depend on it.
 
     Raises:
       ImportError: when JAX no longer has it.

@@ -47,8 +47,7 @@ def check_new(name: str, cache: Any, key: jax.Array, value: jax.Array, valid: An
         if new.ndim != 4 or (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
             raise ValueError(
                 f"{name}: new {label} of shape {new.shape} does not fit the cache, which holds "
-                f"{want}; "
-                "make the cache with init_cache of the same module and batch size."
+                f"{want}; make the cache with init_cache of the same module and batch size."
             )
     if valid is not None and valid.shape != key.shape[:2]:
         raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tilemath import accumulator_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearCache:
@@ -38,4 +40,4 @@ jax.tree_util.register_dataclass(LinearCache, data_fields=["state", "length"], m
 
 def state_dtype(dtype: Any) -> Any:
     """The dtype of state and decay for inputs of this dtype: float32, or float64 for float64."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+    return accumulator_dtype(jnp.dtype(dtype))

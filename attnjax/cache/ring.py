@@ -1,8 +1,8 @@
 """The cache of a sliding window with sinks: constant memory, whatever the length of the text.
 
-With W slots in the ring and n sinks, token p lives in slot p when p < n, else in slot n + (p - n)
-mod W.
-Positions are the original ones: a key is stored as it was computed and its token index beside it.
+With W slots in the ring and n sinks, token p lives in slot p when p < n, else in slot
+n + (p - n) mod W. Positions are the original ones: a key is stored as it was computed and its token
+index beside it.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class RingCache:
 
         One new token attends to the ring itself. Several are split so that nothing of size T x T
         is made: the window among the new tokens (block sparse, static), the old ring for the first
-          W of them, and
-        the sinks for those that have left them behind; `merge_attention` joins the three.
+        W of them, and the sinks for those that have left them behind; `merge_attention` joins the
+        three.
 
         Args:
           query, key, value: the new tokens.

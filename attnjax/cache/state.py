@@ -46,10 +46,16 @@ class StateCache:
         """Size of all its arrays, in bytes."""
         return cache_bytes(self)
 
-    def next(self, count: jax.Array, **state: jax.Array) -> StateCache:
-        """The cache after `count` [b] more tokens, every state replaced and in its old dtype."""
-        if set(state) != set(self.state):
-            raise ValueError(f"StateCache: holds {sorted(self.state)}, got {sorted(state)}.")
+    def next(self, count: jax.Array, /, **state: jax.Array) -> StateCache:
+        """The cache after `count` [b] more tokens, every state replaced and in its old dtype.
+
+        Raises:
+          ValueError: when names or shapes are not those of the cache.
+        """
+        want = {name: array.shape for name, array in self.state.items()}
+        have = {name: array.shape for name, array in state.items()}
+        if have != want:
+            raise ValueError(f"StateCache: holds {want}, got {have}; every state must be given.")
         kept = {name: array.astype(self.state[name].dtype) for name, array in state.items()}
         return StateCache(kept, self.length + count.astype(jnp.int32))
 

@@ -78,8 +78,7 @@ class StridedCache:
         if min(block, stride, local_blocks) < 1 or not 0 <= offset < stride:
             raise ValueError(
                 "StridedCache: needs block, stride, local_blocks >= 1 and 0 <= offset < stride, "
-                "got "
-                f"block={block}, stride={stride}, local_blocks={local_blocks}, offset={offset}."
+                f"got block={block}, stride={stride}, local_blocks={local_blocks}, offset={offset}."
             )
         slots = local_blocks * block + -(-max_length // (block * stride)) * block
         shape = (batch, slots, num_kv_heads)

@@ -10,11 +10,21 @@ absolute: query 0 faces key 0. `.dense(T)`, `.density(T)` and `.plot(T)` show wh
 
 from attnjax.masks.base import And, Mask, Not, Or
 from attnjax.masks.heads import PerHead, per_head
+from attnjax.masks.keys import KeptUntil, KeySet, QuerySet, document_sinks, key_set, query_set
 from attnjax.masks.multihop import Documents, Rectangle, causal_within_document, prefix_lm
 from attnjax.masks.neighborhood import Neighborhood
 from attnjax.masks.patterns import BlockPattern, Predicate, Strided
 from attnjax.masks.sequences import Lengths, Prefix, Segments
-from attnjax.masks.shapes import Causal, Chunked, Dilated, Full, Sink, Window
+from attnjax.masks.shapes import (
+    Causal,
+    Chunked,
+    Dilated,
+    EarlierChunks,
+    Full,
+    SinceGroup,
+    Sink,
+    Window,
+)
 
 __all__ = [
     "And",
@@ -23,7 +33,10 @@ __all__ = [
     "Chunked",
     "Dilated",
     "Documents",
+    "EarlierChunks",
     "Full",
+    "KeptUntil",
+    "KeySet",
     "Lengths",
     "Mask",
     "Neighborhood",
@@ -32,12 +45,17 @@ __all__ = [
     "PerHead",
     "Predicate",
     "Prefix",
+    "QuerySet",
     "Rectangle",
     "Segments",
+    "SinceGroup",
     "Sink",
     "Strided",
     "Window",
     "causal_within_document",
+    "document_sinks",
+    "key_set",
     "per_head",
     "prefix_lm",
+    "query_set",
 ]

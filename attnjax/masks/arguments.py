@@ -1,4 +1,4 @@
-"""Checks of what masks are made from, and how arguments print."""
+"""Checks of what masks are made from, values by row and head, and how arguments print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.maskprogram import like, look_up
 
 
 def check_int(mask: str, name: str, value: Any, least: int) -> None:
@@ -40,6 +42,19 @@ def check_integers(mask: str, name: str, value: Any, *ranks: int) -> Any:
         want = " or ".join(map(str, ranks))
         raise ValueError(f"{mask}: {name} must have rank {want}, got shape {value.shape}.")
     return value.astype(np.int32)
+
+
+def size_along(axis: int, *values: Any) -> int | None:
+    """The size along an axis of the first array that has more than one entry there, or None."""
+    sizes = (np.shape(value)[axis] for value in values if np.ndim(value) > axis)
+    return next((size for size in sizes if size > 1), None)
+
+
+def of_row(values: Any, index: Any, b: Any, h: Any = None) -> Any:
+    """values[b] or values[b, h] in the integer type of `index`; a number is returned as it is."""
+    if isinstance(values, int | np.integer):
+        return values
+    return like(look_up(values, *(b, h)[: np.ndim(values)]) if np.ndim(values) else values, index)
 
 
 def show_value(value: Any) -> str:

@@ -19,8 +19,7 @@ def density(
     """Fraction of visible pairs, or of visited tiles when a tile size is given.
 
     The exact count descends a tree of tiles: a FULL tile counts as a whole, a PARTIAL one is split
-      in
-    four. For a band that is O(T) work.
+    in four. For a band that is O(T) work.
 
     Args:
       mask: a static mask.

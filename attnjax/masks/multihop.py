@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from attnjax.masks.arguments import check_int, check_integers
+from attnjax.masks.arguments import check_int, check_integers, of_row, size_along
 from attnjax.masks.base import Mask, common_size
 from attnjax.masks.sequences import Prefix, Segments
 from attnjax.masks.shapes import Causal
-from pallas_kernels.maskprogram import like, look_up, mask_node, to_class
+from pallas_kernels.maskprogram import mask_node, to_class
 
 
 def prefix_lm(prefix: Any) -> Mask:
@@ -165,26 +165,18 @@ class Rectangle(Mask):
     @property
     def batch_size(self) -> int | None:
         """Rows of the arrays, None when one rectangle serves all."""
-        sizes = [x.shape[0] for x in self._ends() if jnp.ndim(x) and x.shape[0] > 1]
-        return sizes[0] if sizes else None
+        return size_along(0, *self._ends())
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """Both indices are in their runs."""
-        q0, q1, k0, k1 = (_of_row(x, b, q) for x in self._ends())
+        q0, q1, k0, k1 = (of_row(x, q, b) for x in self._ends())
         return (q >= q0) & (q < q1) & (k >= k0) & (k < k1)
 
     def _classify(self, xp, b, h, q0, q1, k0, k1):
-        a0, a1, c0, c1 = (_of_row(x, b, q0) for x in self._ends())
+        a0, a1, c0, c1 = (of_row(x, q0, b) for x in self._ends())
         empty = (q1 <= a0) | (q0 >= a1) | (k1 <= c0) | (k0 >= c1) | (a1 <= a0) | (c1 <= c0)
         full = (q0 >= a0) & (q1 <= a1) & (k0 >= c0) & (k1 <= c1)
         return to_class(xp, empty, full)
 
     def _ends(self) -> tuple[Any, Any, Any, Any]:
         return self.q_start, self.q_stop, self.k_start, self.k_stop
-
-
-def _of_row(value: Any, b: Any, index: Any) -> Any:
-    """value[b] in the integer type of `index`; a number is returned as it is."""
-    if isinstance(value, int):
-        return value
-    return like(look_up(value, b) if jnp.ndim(value) else value, index)

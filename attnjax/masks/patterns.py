@@ -37,8 +37,7 @@ class Strided(Mask):
         sink. An integer for all heads, or a sequence or array [h].
 
     Reference: Ge et al., "A Little Goes a Long Way", 2024, arXiv:2410.01485; Lin et al., "Efficient
-      LLM
-    Training and Serving with Heterogeneous Context Sharding among Attention Heads", 2024,
+    LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads", 2024,
     arXiv:2407.17678: there head h has offset -(h * step + head_offset).
     """
 

@@ -1,8 +1,7 @@
 """Masks that hold arrays about the sequences of a batch: prefixes, lengths, packed documents.
 
 The arrays may be traced: tile classes are then computed under `jax.jit`. An array whose first axis
-  has
-size 1 is shared by all rows of the batch.
+has size 1 is shared by all rows of the batch.
 """
 
 from __future__ import annotations
@@ -13,21 +12,22 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from attnjax.masks.arguments import check_int, check_integers
+from attnjax.masks.arguments import check_int, check_integers, of_row, size_along
 from attnjax.masks.base import Mask, common_size
-from pallas_kernels.maskprogram import like, look_up, mask_node, to_class
+from pallas_kernels.maskprogram import look_up, mask_node, to_class
 
 
 @mask_node("n")
 class Prefix(Mask):
     """The first keys of each sequence are visible to every query.
 
-        visible iff k < n_b
+        visible iff k < n_bh
 
     `Causal() | Prefix(n)` is the prefix language model: both directions inside the prefix.
 
     Args:
-      n: number of tokens, at least 0: an integer for all rows, or an integer array [b].
+      n: number of tokens, at least 0: an integer for all rows, or an integer array [b], or [b, h]
+        where heads differ.
     """
 
     n: Any
@@ -36,19 +36,24 @@ class Prefix(Mask):
         if np.ndim(self.n) == 0 and not isinstance(self.n, jax.Array):
             check_int("Prefix", "n", self.n, 0)
         else:
-            object.__setattr__(self, "n", check_integers("Prefix", "n", self.n, 0, 1))
+            object.__setattr__(self, "n", check_integers("Prefix", "n", self.n, 0, 1, 2))
+
+    @property
+    def num_heads(self) -> int | None:
+        """Heads of the array n, None when all have one prefix."""
+        return size_along(1, self.n)
 
     @property
     def batch_size(self) -> int | None:
         """Rows of the array n, None when one number serves all."""
-        return _rows(self.n)
+        return size_along(0, self.n)
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """The key is in the prefix of row b."""
-        return k < _of_row(self.n, b, k)
+        """The key is in the prefix of row b and head h."""
+        return k < of_row(self.n, k, b, h)
 
     def _classify(self, xp, b, h, q0, q1, k0, k1):
-        n = _of_row(self.n, b, k0)
+        n = of_row(self.n, k0, b, h)
         return to_class(xp, k0 >= n, k1 <= n)
 
 
@@ -79,19 +84,18 @@ class Lengths(Mask):
     @property
     def batch_size(self) -> int | None:
         """Rows of the length arrays."""
-        sizes = [_rows(self.kv_lengths), None if self.q_lengths is None else _rows(self.q_lengths)]
-        return next((n for n in sizes if n is not None), None)
+        return size_along(0, self.kv_lengths, self.q_lengths)
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """Both indices are before the end of row b."""
-        visible = k < _of_row(self.kv_lengths, b, k)
-        return visible if self.q_lengths is None else visible & (q < _of_row(self.q_lengths, b, q))
+        visible = k < of_row(self.kv_lengths, k, b)
+        return visible if self.q_lengths is None else visible & (q < of_row(self.q_lengths, q, b))
 
     def _classify(self, xp, b, h, q0, q1, k0, k1):
-        end = _of_row(self.kv_lengths, b, k0)
+        end = of_row(self.kv_lengths, k0, b)
         empty, full = k0 >= end, k1 <= end
         if self.q_lengths is not None:
-            end = _of_row(self.q_lengths, b, q0)
+            end = of_row(self.q_lengths, q0, b)
             empty, full = empty | (q0 >= end), full & (q1 <= end)
         return to_class(xp, empty, full)
 
@@ -103,10 +107,8 @@ class Segments(Mask):
         visible iff query_ids[b, q - q_start] = key_ids[b, k] >= 0
 
     A negative id marks padding: it attends to nothing and nothing attends to it, not even other
-      padding.
-    Tile classes come from the smallest and largest id of each block: exact in what they promise,
-      and
-    tight when ids are sorted along a row.
+    padding. Tile classes come from the smallest and largest id of each block: exact in what they
+    promise, and tight when ids are sorted along a row.
 
     Args:
       query_ids: [b, t] integers.
@@ -138,20 +140,17 @@ class Segments(Mask):
     @property
     def batch_size(self) -> int | None:
         """Rows of the id arrays."""
-        arrays = (self.query_ids, self.key_ids, self.q_start)
-        return next(
-            (n for n in map(_rows, (a for a in arrays if a is not None)) if n is not None), None
-        )
+        return size_along(0, self.query_ids, self.key_ids, self.q_start)
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """Same document, and not padding."""
         keys = self.query_ids if self.key_ids is None else self.key_ids
-        of_q = look_up(self.query_ids, b, q - _of_row(self.q_start, b, q))
+        of_q = look_up(self.query_ids, b, q - of_row(self.q_start, q, b))
         return (of_q == look_up(keys, b, k)) & (of_q >= 0)
 
     def _classify(self, xp, b, h, q0, q1, k0, k1):
         keys = self.query_ids if self.key_ids is None else self.key_ids
-        start = _of_row(self.q_start, b, q0)
+        start = of_row(self.q_start, q0, b)
         q_low, q_first, q_high = _id_range(xp, self.query_ids, b, q0 - start, q1 - start)
         k_low, k_first, k_high = _id_range(xp, keys, b, k0, k1)
         empty = (q_high < 0) | (k_high < 0) | (q_high < k_first) | (k_high < q_first)
@@ -163,13 +162,13 @@ def _id_range(xp: Any, ids: Any, b: Any, i0: Any, i1: Any) -> tuple[Any, Any, An
     """Smallest id, smallest id that is not padding, and largest id of each interval [i0, i1)."""
     real = xp.where(ids < 0, xp.full_like(ids, np.iinfo(np.int32).max), ids)
     return (
-        _range_minimum(xp, ids, b, i0, i1),
-        _range_minimum(xp, real, b, i0, i1),
-        -_range_minimum(xp, -ids, b, i0, i1),
+        range_minimum(xp, ids, b, i0, i1),
+        range_minimum(xp, real, b, i0, i1),
+        -range_minimum(xp, -ids, b, i0, i1),
     )
 
 
-def _range_minimum(xp: Any, values: Any, b: Any, i0: Any, i1: Any) -> Any:
+def range_minimum(xp: Any, values: Any, b: Any, i0: Any, i1: Any) -> Any:
     """min(values[b, i0:i1]) for arrays of intervals, from minima over runs of 2^j elements.
 
     An interval is covered by two runs, so two look-ups answer it. Only the run lengths that occur
@@ -194,15 +193,3 @@ def _range_minimum(xp: Any, values: Any, b: Any, i0: Any, i1: Any) -> Any:
     slot = exponent if traced else np.searchsorted(wanted, np.asarray(exponent))
     size = sum((exponent == j).astype(np.int32) * 2**j for j in wanted)
     return xp.minimum(look_up(table, b, slot, i0), look_up(table, b, slot, i1 - size))
-
-
-def _rows(array: Any) -> int | None:
-    """Size of the first axis; None for a number and for a size of 1, which serves every row."""
-    return None if np.ndim(array) == 0 or array.shape[0] == 1 else array.shape[0]
-
-
-def _of_row(values: Any, b: Any, index: Any) -> Any:
-    """values[b] in the integer type of `index`; a number is returned as it is."""
-    if isinstance(values, int | np.integer):
-        return values
-    return like(look_up(values, b) if np.ndim(values) else values, index)

@@ -1,4 +1,4 @@
-"""Masks given by a formula in the indices q and k: bands, sinks, chunks, dilation."""
+"""Masks given by a formula in the indices q and k: bands, sinks, chunks, groups, dilation."""
 
 from __future__ import annotations
 
@@ -138,6 +138,60 @@ class Chunked(Mask):
         q0, q1 = floor_div(q0, self.size), floor_div(q1 - 1, self.size)
         k0, k1 = floor_div(k0, self.size), floor_div(k1 - 1, self.size)
         return to_class(xp, (q1 < k0) | (k1 < q0), (q0 == k1) & (q1 == k0) & (q0 == q1))
+
+
+@mask_node()
+class EarlierChunks(Mask):
+    """Key n stands for chunk n of the queries, which the queries of later chunks see.
+
+        visible iff k < floor(q / size)
+
+    Args:
+      size: queries per chunk, at least 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_int("EarlierChunks", "size", self.size, 1)
+
+    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        """The query's chunk comes after the key's."""
+        return k < floor_div(q, self.size)
+
+    def _classify(self, xp, b, h, q0, q1, k0, k1):
+        first, last = floor_div(q0, self.size), floor_div(q1 - 1, self.size)
+        return to_class(xp, k0 >= last, k1 - 1 < first)
+
+
+@mask_node()
+class SinceGroup(Mask):
+    """A query sees its group, some keys before it, and everything later.
+
+        visible iff k >= group * floor(q / group) - behind
+
+    Args:
+      group: queries per group, at least 1.
+      behind: keys before the group, at least 0. `Causal() & SinceGroup(n)` is chunked causal
+        attention.
+    """
+
+    group: int
+    behind: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("SinceGroup", "group", self.group, 1)
+        check_int("SinceGroup", "behind", self.behind, 0)
+
+    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        """The key is not before the first one that the group sees."""
+        return k >= self._first(q)
+
+    def _classify(self, xp, b, h, q0, q1, k0, k1):
+        return to_class(xp, k1 - 1 < self._first(q0), k0 >= self._first(q1 - 1))
+
+    def _first(self, q: Any) -> Any:
+        return floor_div(q, self.group) * self.group - self.behind
 
 
 @mask_node()

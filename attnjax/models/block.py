@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +15,10 @@ from attnjax.layers import default_kernel_init
 from attnjax.mechanisms.linear.lightning_attention import LightningAttention, lightning_slopes
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.mechanisms.sparse.longgen import BlockStrideAttention
-from attnjax.mixer import SequenceMixer
 from attnjax.models import registry
 from attnjax.models.layers import MLPS, NORMS
 from attnjax.models.pattern import Mixer
 from attnjax.taps import BLOCK_SITES, Edits, Tap
-
-_OWN = {"slopes", "inputs_q", "inputs_k", "inputs_v", "is_causal", "rngs", "decode"}
-"""Arguments of some mixers' calls that are set by the model or belong to cross-attention."""
 
 SAVED_NAMES = ("mixer_out", "mlp_out")
 """Names of the activations that the rematerialization policy "names" keeps."""
@@ -106,9 +102,9 @@ class Block(nnx.Module):
 
     @property
     def mixer_arguments(self) -> set[str]:
-        """Arguments of the mixer's call beyond those that every mixer has."""
-        taken = inspect.signature(type(self.mixer).__call__).parameters
-        return set(taken) - set(inspect.signature(SequenceMixer.__call__).parameters) - _OWN
+        """Inputs that the mixer's call takes beyond those of every mixer, from the caller."""
+        taken: tuple[str, ...] = getattr(self.mixer, "further", ())
+        return set(taken) - {"slopes"}  # which the model sets
 
     def _dropout(self, y: jax.Array, key: Any) -> jax.Array:
         if key is None:
@@ -164,8 +160,12 @@ def layer_slopes(config: Any, mixers: list[Mixer]) -> list[jax.Array | None]:
     ]
 
 
+@functools.cache
 def _small(num_layers: int) -> Any:
-    """Initializer of what is added to the residual stream, whose variance must not grow."""
+    """Initializer of what is added to the residual stream, whose variance must not grow.
+
+    The same function each time: modules keep it, and equal models must have equal graphs.
+    """
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return default_kernel_init(key, shape, dtype) * jnp.asarray((2 * num_layers) ** -0.5, dtype)

@@ -14,7 +14,7 @@ _SIZES = (
     "self", "num_heads", "in_features", "qkv_features", "out_features", "num_kv_heads",
     "in_kv_features", "causal", "decode", "dtype", "param_dtype", "precision", "kernel_init",
     "bias_init", "out_kernel_init", "out_bias_init", "rngs", "keep_rngs", "deterministic",
-    "dropout_rate", "layer", "num_layers", "residual", "options",
+    "dropout_rate", "layer", "num_layers", "options",
 )  # fmt: skip
 """Constructor arguments that the model sets itself, or that need a key in every call."""
 
@@ -25,9 +25,10 @@ def mixer_ids() -> list[str]:
 
 
 def _mixes(spec: Mechanism) -> bool:
-    if not spec.causal or spec.module is None or spec.kind != "module":
+    module = spec.module
+    if not spec.causal or spec.kind != "module" or not issubclass(module or object, SequenceMixer):
         return False
-    taken = inspect.signature(spec.module.__call__).parameters
+    taken = inspect.signature(module.__call__).parameters
     return all(name in taken for name in ("positions", "segment_ids", "cache", "valid"))
 
 
@@ -72,9 +73,9 @@ def option_names(spec: Mechanism) -> dict[str, Any]:
                 found.setdefault(name, parameter.default)
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
             break
-    if issubclass(spec.module, SequenceMixer) and not spec.module.rotary:
-        found.pop("rope_base", None)
-    return found
+    assert issubclass(spec.module, SequenceMixer)
+    own = {*spec.module.block_options, *(() if spec.module.rotary else ("rope_base",))}
+    return {name: default for name, default in found.items() if name not in own}
 
 
 def build(spec: Mechanism, config: Any, given: dict[str, Any], **options: Any) -> Any:
@@ -84,19 +85,13 @@ def build(spec: Mechanism, config: Any, given: dict[str, Any], **options: Any) -
       spec: the mechanism.
       config: `LanguageModelConfig`.
       given: options from the pattern.
-      options: qkv_features, dtype, param_dtype, out_kernel_init and rngs; those that the module
-        does not take are left out.
+      options: qkv_features, dtype, param_dtype, out_kernel_init and rngs.
     """
-    assert spec.module is not None
     module = spec.module
-    options |= {"use_bias": False, "causal": True}
-    if issubclass(module, SequenceMixer):
-        if module.grouped:
-            options["num_kv_heads"] = config.num_kv_heads
-        if module.rotary:
-            options["rope_base"] = config.rope_base
-    else:
-        options["residual"] = False  # the block around the mixer adds its input
-        takes = set(inspect.signature(module.__init__).parameters)
-        options = {name: value for name, value in options.items() if name in takes}
+    assert module is not None and issubclass(module, SequenceMixer)  # `find` lets no other through
+    options |= {"use_bias": False, "causal": True} | dict(module.block_options)
+    if module.grouped:
+        options["num_kv_heads"] = config.num_kv_heads
+    if module.rotary:
+        options["rope_base"] = config.rope_base
     return module(config.num_heads, config.width, **(options | given))

@@ -1,10 +1,9 @@
 """Running the layers of a model, scanned or unrolled.
 
 Layers of a group are stacked: every parameter has a leading axis over the repeats of the group's
-  unit.
-`jax.lax.scan` runs over that axis; the unrolled twin takes one slice after the other from the same
-parameters. Whatever a layer reads or returns besides the residual stream travels as scan input or
-output.
+unit. `jax.lax.scan` runs over that axis; the unrolled twin takes one slice after the other from the
+same parameters. Whatever a layer reads or returns besides the residual stream travels as scan input
+or output.
 """
 
 from __future__ import annotations
@@ -226,8 +225,7 @@ def _in_layer_order(
         if len(shapes) > 1:
             raise NotImplementedError(
                 f"capture: layers differ in the shape of {site!r}: {sorted(shapes)}; capture it "
-                f"from "
-                "the layers' own modules instead."
+                "from the layers' own modules instead."
             )
         like = found[0]
         groups = []
@@ -245,6 +243,5 @@ def _check_layers(name: str, tree: Any, num_layers: int) -> None:
         if leaf.ndim == 0 or leaf.shape[0] != num_layers:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} must have a leading axis over the "
-                f"{num_layers} "
-                f"layers, got shape {leaf.shape}; stack one array per layer."
+                f"{num_layers} layers, got shape {leaf.shape}; stack one array per layer."
             )

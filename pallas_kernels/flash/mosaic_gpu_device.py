@@ -177,7 +177,7 @@ class Hopper:
 
         def run(*accumulators: Any) -> list[jax.Array]:
             for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
-                plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
+                plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
             # reading an accumulator waits until no product is under way, so after this both
             # operands may be overwritten
             return [accumulator[...] for accumulator in accumulators]

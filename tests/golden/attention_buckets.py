@@ -19,12 +19,11 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
         wide = logits.dtype == np.float64
         rtol = 1e-8 if wide else 1e-5
         with jax.enable_x64(wide):
-            weights, merged = (
-                bucket_weights(jnp.asarray(logits)),
-                merge_buckets(jnp.asarray(logits)),
-            )
+            runs = jnp.asarray(logits)
+            weights, merged = bucket_weights(runs), merge_buckets(runs)
             token = jnp.argmax(merged, axis=-1)
-        want = data[prefix + "next_token"]
         yield Compare(prefix + "weights", weights, data[prefix + "weights"], rtol)
         yield Compare(prefix + "combined_logits", merged, data[prefix + "combined_logits"], rtol)
-        yield Compare(prefix + "next_token", np.reshape(token, want.shape), want, 0.0)
+        if prefix + "next_token" in data:
+            want = data[prefix + "next_token"]
+            yield Compare(prefix + "next_token", np.reshape(token, want.shape), want, 0.0)

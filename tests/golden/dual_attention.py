@@ -87,8 +87,8 @@ def _case(case: str, data: Mapping[str, np.ndarray], rtol: float) -> Iterable[Co
 
 def _symbols(retriever: Any, x: jax.Array) -> jax.Array:
     if isinstance(retriever, RelativeSymbols):
-        index = jnp.arange(x.shape[1])
-        return retriever.table[...][retriever.rows(index[None] - index[:, None])]
+        index, far = np.arange(x.shape[1]), retriever.max_distance
+        return retriever.table[...][np.clip(index[None] - index[:, None], -far, far) + far]
     return retriever(x)
 
 
@@ -115,23 +115,23 @@ def _module(data: Mapping[str, np.ndarray], width: int, causal: bool) -> DualAtt
         given["retriever.library"] = library
     module = DualAttention(
         h_sa + h_ra, width, (h_sa + h_ra) * d, (h_sa + h_ra) * d, relational_heads=h_ra,
-        num_relations=n, symmetric=symmetric, causal=causal, symbols=retriever,
+        num_relations=n, relation_dim=data[f"{relational}wq_rel.weight"].shape[0] // n,
+        symmetric=symmetric, causal=causal, symbols=retriever,
         relation_activation=str(data["rel_act"]) if "rel_act" in data else "identity",
         relational_kv_heads=data[f"{relational}wk_attn.weight"].shape[0] // d,
         sensory_kv_heads=data[f"{sensory}wk.weight"].shape[0] // d if has_sensory else None,
         param_dtype=wide, rngs=rngs,
     )  # fmt: skip
-    names = {
-        "relational_query": "wq_attn", "relational_key": "wk_attn", "relation_query": "wq_rel",
-        "symbol_value": "wv", "relational_out": "wo",
-    }  # fmt: skip
+    names = {"relation_query": "wq_rel", "symbol_value": "wv", "relational_out": "wo"}
     if not symmetric:
         names["relation_key"] = "wk_rel"
     maps = {mine: f"{relational}{theirs}" for mine, theirs in names.items()}
     if has_sensory:
-        own = {"query": "wq", "key": "wk", "value": "wv", "out": "wo"}
-        maps |= {mine: f"{sensory}{theirs}" for mine, theirs in own.items()}
+        maps |= {"value": f"{sensory}wv", "out": f"{sensory}wo"}
     given |= {f"{mine}.kernel": data[f"{theirs}.weight"].T for mine, theirs in maps.items()}
+    for mine, theirs in (("query", "wq"), ("key", "wk")):
+        both = [f"{sensory}{theirs}.weight"] * has_sensory + [f"{relational}{theirs}_attn.weight"]
+        given[f"{mine}.kernel"] = np.concatenate([data[name] for name in both]).T
     given["relation_kernel"] = data[f"{relational}wr"]
     assign(module, given)
     return module

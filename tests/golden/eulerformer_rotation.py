@@ -18,6 +18,7 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
     rtol = 1e-8 if wide and data["out_query"].dtype == np.float64 else 1e-5
     with jax.enable_x64(wide):
         v = jnp.asarray(data["v"])
-        delta, bias = (jnp.asarray(data[name], v.dtype) for name in ("delta", "bias"))
+        # numbers, perhaps held in arrays of one element
+        delta, bias = (jnp.asarray(data[n], v.dtype).reshape(()) for n in ("delta", "bias"))
         yield Compare("out_query", euler_rotation(v, delta, bias), data["out_query"], rtol)
         yield Compare("out_key", euler_rotation(v, delta), data["out_key"], rtol)

@@ -11,30 +11,36 @@ import numpy as np
 from flax import nnx
 
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
-from tests.golden.compare import Compare
-
-RTOL = 1e-9
-"""The case is float64."""
+from tests.golden.compare import Compare, assign
 
 
 def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
     """Output, and gradients of sum(out * cot) by the input and by the extra key and value."""
-    heads, x = int(data["n_head"]), data["x"]
-    width = x.shape[-1]
-    d = width // heads
-    with jax.enable_x64(True):
+    for prefix in sorted({key.rpartition("/")[0] for key in data}):
+        yield from _case(data, f"{prefix}/" if prefix else "")
+
+
+def _case(data: Mapping[str, np.ndarray], at: str) -> Iterable[Compare]:
+    """One sub-case."""
+    heads, x = int(data[f"{at}n_head"]), data[f"{at}x"]
+    width, merged = x.shape[-1], data[f"{at}c_proj.weight"].shape[1]
+    wide = x.dtype == np.float64
+    rtol = 1e-9 if wide else 1e-5
+    with jax.enable_x64(wide):
         module = MultiHeadAttention(
-            heads, width, causal=True, sink="kv_bias", param_dtype=jnp.float64, rngs=nnx.Rngs(0)
-        )
+            heads, width, merged, causal=True, sink="kv_bias", param_dtype=x.dtype,
+            use_bias=f"{at}c_attn.bias" in data, rngs=nnx.Rngs(0),
+        )  # fmt: skip
         # rows of the fused weight are outputs in the order query, key, value, by head
-        fused = np.split(data["c_attn.weight"], 3)
-        shifts = np.split(data["c_attn.bias"], 3)
-        for name, weight, shift in zip(("query", "key", "value"), fused, shifts, strict=True):
-            projection = getattr(module, name)
-            projection.kernel[...] = jnp.asarray(weight.T.reshape(width, heads, d))
-            projection.bias[...] = jnp.asarray(shift.reshape(heads, d))
-        module.out.kernel[...] = jnp.asarray(data["c_proj.weight"].T.reshape(heads, d, width))
-        module.out.bias[...] = jnp.asarray(data["c_proj.bias"])
+        parameters = {"out.kernel": data[f"{at}c_proj.weight"].T}
+        for kind, array in (("kernel", "weight"), ("bias", "bias")):
+            if f"{at}c_attn.{array}" in data:
+                rows = np.split(data[f"{at}c_attn.{array}"], 3)
+                for name, part in zip(("query", "key", "value"), rows, strict=True):
+                    parameters[f"{name}.{kind}"] = part.T
+        if f"{at}c_proj.bias" in data:
+            parameters["out.bias"] = data[f"{at}c_proj.bias"]
+        assign(module, parameters)
         graph, rest = nnx.split(module)
 
         def forward(x: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -44,11 +50,11 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
             )
             return nnx.merge(graph, state)(x)
 
-        given = [jnp.asarray(data[name]) for name in ("x", "k_bias", "v_bias")]
-        out, pull = jax.vjp(forward, *given)
-        yield Compare("out", out, data["out"], RTOL)
-        if "cot" in data:
-            grads = pull(jnp.asarray(data["cot"]))
+        given = [jnp.asarray(data[f"{at}{name}"]) for name in ("x", "k_bias", "v_bias")]
+        out, pull = jax.vjp(jax.jit(forward), *given)
+        yield Compare(f"{at}out", out, data[f"{at}out"], rtol)
+        if f"{at}cot" in data:
+            grads = pull(jnp.asarray(data[f"{at}cot"]))
             for name, grad in zip(("gx", "g_k_bias", "g_v_bias"), grads, strict=True):
-                if name in data:
-                    yield Compare(name, grad, data[name], RTOL)
+                if f"{at}{name}" in data:
+                    yield Compare(f"{at}{name}", grad, data[f"{at}{name}"], rtol)

@@ -42,16 +42,20 @@ def _case(data: Mapping[str, np.ndarray], name: str, found: re.Match[str]) -> It
             normalize="max" if found["norm"] == "norm" else "none",
         )  # fmt: skip
 
+    wanted = [letter for letter in "qkv" if f"{at}d{letter}_{found['case']}" in data]
+    if not wanted:
+        out = jax.jit(call)(q, k, v)
+        yield Compare(name, jnp.moveaxis(out, 2, 1), data[name], rtol)
+        return
     ct = jnp.moveaxis(jnp.asarray(data[f"{at}ct"]), 1, 2)
 
     @jax.jit
-    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         out, pull = jax.vjp(call, q, k, v)
-        return out, pull(ct.astype(out.dtype))
+        return out, dict(zip("qkv", pull(ct.astype(out.dtype)), strict=True))
 
     out, grads = both(q, k, v)
     yield Compare(name, jnp.moveaxis(out, 2, 1), data[name], rtol)
-    for letter, grad in zip("qkv", grads, strict=True):
+    for letter in wanted:
         other = f"{at}d{letter}_{found['case']}"
-        if other in data:
-            yield Compare(other, jnp.moveaxis(grad, 2, 1), data[other], slack)
+        yield Compare(other, jnp.moveaxis(grads[letter], 2, 1), data[other], slack)

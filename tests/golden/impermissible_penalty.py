@@ -25,9 +25,13 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
                 weights, marked, coefficient=coefficient, reduction=reduction
             )
 
-        got = penalty(weights[:, 0], "none")
-        yield Compare("loss_single_head0", got, data["loss_single_head0"], rtol)
+        if "loss_single_head0" in data:
+            got = penalty(weights[:, 0], "none")
+            yield Compare("loss_single_head0", got, data["loss_single_head0"], rtol)
         for form in ("mean", "max"):
+            if f"loss_{form}" not in data:
+                continue
             loss, grad = jax.value_and_grad(penalty)(weights, form)
             yield Compare(f"loss_{form}", loss, data[f"loss_{form}"], rtol)
-            yield Compare(f"grad_{form}", grad, data[f"grad_{form}"], rtol)
+            if f"grad_{form}" in data:
+                yield Compare(f"grad_{form}", grad, data[f"grad_{form}"], rtol)

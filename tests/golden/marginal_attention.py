@@ -40,8 +40,9 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
             for name, got in found.items():
                 if f"{name}_{case}" in data:
                     yield Compare(f"{name}_{case}", got, data[f"{name}_{case}"], rtol)
-            want = data[f"log_marginal_{case}"]
-            yield Compare(f"evidence_{case}", soft.log_marginal[:, :, 0], want, rtol)
+            if f"log_marginal_{case}" in data:
+                want = data[f"log_marginal_{case}"]
+                yield Compare(f"evidence_{case}", soft.log_marginal[:, :, 0], want, rtol)
         for name, steps in (("iterative_states", mean_field_steps), ("slot_states", slot_steps)):
             if name in data:
                 states = steps(q, k, len(data[name]))

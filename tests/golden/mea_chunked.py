@@ -1,7 +1,10 @@
 """Chunked attention with bias and mask, and a causal case with large scores."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax.mechanisms.softmax.memory_efficient_attention import memory_efficient_attention
 from pallas_kernels.compat import enable_x64
@@ -13,23 +16,35 @@ OVERFLOW_FACTOR = 40.0
 
 def check(data):
     with enable_x64(True):
-        chunks = {"query_chunk": int(data["query_chunk"]), "key_chunk": int(data["key_chunk"])}
-        q, k, v = (jnp.asarray(data[name]) for name in "qkv")
-        bias = jnp.asarray(data["bias"]) if "bias" in data else None
-        mask = jnp.asarray(data["mask"]) if "mask" in data else None
+        for prefix in sorted({key.rpartition("/")[0] for key in data}):
+            yield from _case(data, f"{prefix}/" if prefix else "")
 
-        def plain(q, k, v):
-            return memory_efficient_attention(q, k, v, bias, mask, **chunks)
 
+def _case(data, at: str) -> Iterator[Compare]:
+    """One sub-case."""
+    chunks = {
+        "query_chunk": int(data[f"{at}query_chunk"]),
+        "key_chunk": int(data[f"{at}key_chunk"]),
+    }
+    q, k, v = (jnp.asarray(data[at + name]) for name in "qkv")
+    rtol = 1e-9 if q.dtype == np.float64 else 1e-5
+    given = {name: jnp.asarray(data[at + name]) for name in ("bias", "mask") if at + name in data}
+
+    def plain(q, k, v):
+        return memory_efficient_attention(q, k, v, **given, **chunks)
+
+    if f"{at}out" in data:
         out, pull = jax.vjp(jax.jit(plain), q, k, v)
-        yield Compare("out", out, data["out"], 1e-9)
-        if "cot" in data:
-            for name, got in zip("qkv", pull(jnp.asarray(data["cot"])), strict=True):
-                if f"g{name}" in data:
-                    yield Compare(f"g{name}", got, data[f"g{name}"], 1e-9)
-        if "out_causal_big" in data:
-            big, lse = memory_efficient_attention(
-                OVERFLOW_FACTOR * q, k, v, causal=True, return_residual=True, **chunks
-            )
-            yield Compare("out_causal_big", big, data["out_causal_big"], 1e-9)
-            yield Compare("lse_causal_big", lse.transpose(0, 2, 1), data["lse_causal_big"], 1e-9)
+        yield Compare(f"{at}out", out, data[f"{at}out"], rtol)
+        if f"{at}cot" in data:
+            for name, got in zip("qkv", pull(jnp.asarray(data[f"{at}cot"])), strict=True):
+                if f"{at}g{name}" in data:
+                    yield Compare(f"{at}g{name}", got, data[f"{at}g{name}"], rtol)
+    if f"{at}out_causal_big" in data:
+        big, lse = memory_efficient_attention(
+            OVERFLOW_FACTOR * q, k, v, causal=True, return_residual=True, **chunks
+        )
+        found = {"out_causal_big": big, "lse_causal_big": lse.transpose(0, 2, 1)}
+        for name, got in found.items():
+            if at + name in data:
+                yield Compare(at + name, got, data[at + name], rtol)

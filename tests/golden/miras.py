@@ -49,7 +49,8 @@ def _case(data: Mapping[str, np.ndarray], at: str) -> Iterable[Compare]:
     rtol = 1e-8 if wide else 1e-5
     with jax.enable_x64(wide):
         q, k, v = (jnp.asarray(data[at + name])[None, :, None] for name in ("q", "k", "v"))
-        gates = {n: jnp.asarray(data[at + n])[None, :, None] for n in ("alpha", "eta", "delta")}
+        names = [n for n in ("alpha", "eta", "delta") if at + n in data]
+        gates = {n: jnp.asarray(data[at + n])[None, :, None] for n in names}
         matched = {n: NAME.fullmatch(n[len(at) :]) for n in data if n.startswith(at)}
         cases: dict[tuple[str, str, int], list[tuple[str, str]]] = {}
         for name, match in matched.items():

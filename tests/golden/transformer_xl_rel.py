@@ -36,7 +36,7 @@ def check(data: Mapping[str, np.ndarray]) -> Iterable[Compare]:
             "query.kernel": q.T, "key.kernel": k.T, "value.kernel": v.T,
             "relative.kernel": data["r_net.weight"].T, "out.kernel": data["o_net.weight"].T,
             "content_bias": data["r_w_bias"], "position_bias": data["r_r_bias"],
-            "norm.scale": data["layer_norm.weight"], "norm_bias": data["layer_norm.bias"],
+            "norm.scale": data["layer_norm.weight"], "norm.bias": data["layer_norm.bias"],
         }  # fmt: skip
         assign(module, names)
         encodings = jnp.asarray(data["r"])[:, 0]

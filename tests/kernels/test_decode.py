@@ -64,12 +64,15 @@ def operands(b, t, s, h, g, d=8, e=8, dtype=jnp.float32, seed=0):
     return [jax.random.normal(k, x, dtype) for k, x in zip(keys, shapes, strict=True)]
 
 
+STATIC = ("block", "splits", "causal", "window", "scale", "softcap")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
 def run(body, *arrays, block=16, splits=None, **options):
     config = DecodeConfig(block_kv=None if body == "xla" else block, num_splits=splits)
-    call = functools.partial(
-        decode_attention, implementation=body, config=config, return_residual=True, **options
+    return decode_attention(
+        *arrays, implementation=body, config=config, return_residual=True, **options
     )
-    return jax.jit(call)(*arrays)
 
 
 @pytest.mark.parametrize("body", BODIES)

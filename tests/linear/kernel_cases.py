@@ -56,7 +56,7 @@ def spec(implementation, chunk=None):
 
 
 def operands(p, ids=None):
-    runs = None if ids is None else module._runs(jnp.asarray(ids))
+    runs = None if ids is None else module.runs(jnp.asarray(ids))
     return Operands(**{n: jnp.asarray(x) for n, x in p.items()}, runs=runs)
 
 

@@ -14,33 +14,47 @@ OPTIONS = [f"{decay}{rule}" for decay in DECAYS for rule in ("", "+delta", "+bon
 """Every kind of decay, alone, with the delta rule, and with an exclusive read plus bonus."""
 
 
-def recurrence(p: dict, scale: float, ids=None):
-    """Outputs [b, t, h, v] and final state [b, h, k, v] of the recurrence as it is written down."""
+def recurrence(p: dict, scale: float, ids=None, xp=jnp):
+    """Outputs [b, t, h, v] and final state [b, h, k, v] of the recurrence as it is written down.
+
+    `xp` is `jax.numpy`, or `numpy`, which compiles nothing.
+    """
     q, k, v, g = p["query"], p["key"], p["value"], p.get("decay")
     b, t, h, width = q.shape
     if g is not None:
         g = {1: lambda: g[None, None, :, None], 3: lambda: g[..., None], 4: lambda: g}[g.ndim]()
-        g = jnp.broadcast_to(g, (b, t, h, width))
-    fresh = jnp.zeros((b, t), bool)
+        g = xp.broadcast_to(g, (b, t, h, width))
+    fresh = xp.zeros((b, t), bool)
     if ids is not None:
-        fresh = fresh.at[:, 1:].set(ids[:, 1:] != ids[:, :-1])
+        fresh = xp.concatenate([fresh[:, :1], ids[:, 1:] != ids[:, :-1]], axis=1)
 
     def token(state, i):
-        state = jnp.where(fresh[:, i, None, None, None], 0.0, state)
-        decayed = state if g is None else jnp.exp(g[:, i])[..., None] * state
+        state = xp.where(fresh[:, i, None, None, None], 0.0, state)
+        decayed = state if g is None else xp.exp(g[:, i])[..., None] * state
         new = v[:, i]
         if "beta" in p:
-            seen = jnp.einsum("bhkv,bhk->bhv", decayed, k[:, i])
+            seen = xp.einsum("bhkv,bhk->bhv", decayed, k[:, i])
             new = p["beta"][:, i, :, None] * (new - seen)
         write = k[:, i, :, :, None] * new[:, :, None, :]
         after = decayed + write
         read = state + p["bonus"][None, :, :, None] * write if "bonus" in p else after
-        return after, scale * jnp.einsum("bhkv,bhk->bhv", read, q[:, i])
+        return after, scale * xp.einsum("bhkv,bhk->bhv", read, q[:, i])
 
     start = p.get("initial_state")
-    start = jnp.zeros((b, h, width, v.shape[-1]), q.dtype) if start is None else start
-    state, out = jax.lax.scan(token, start, jnp.arange(t))
-    return jnp.moveaxis(out, 0, 1), state
+    start = xp.zeros((b, h, width, v.shape[-1]), q.dtype) if start is None else start
+    if xp is jnp:
+        state, out = jax.lax.scan(token, start, jnp.arange(t))
+        return jnp.moveaxis(out, 0, 1), state
+    out = []
+    for i in range(t):
+        start, one = token(start, i)
+        out.append(one)
+    return xp.stack(out, axis=1), start
+
+
+def values(p: dict, scale: float, ids=None):
+    """Outputs and final state of the recurrence in NumPy."""
+    return recurrence({name: np.asarray(x) for name, x in p.items()}, scale, ids, np)
 
 
 def problem(option: str, *, b=2, t=LENGTH, h=2, k=6, v=5, seed=0, strong=True) -> dict:

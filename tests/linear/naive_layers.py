@@ -84,3 +84,19 @@ def run(make, shape):
         x = np.random.default_rng(7).standard_normal(shape)
         y = jax.jit(module.__call__)(jax.numpy.asarray(x))
         return parameters(module), x, np.asarray(y)
+
+
+def both(f, inputs, ct):
+    """Output of f, and what ct pulls back to its inputs: one compiled program.
+
+    Args:
+      f: a function of the inputs.
+      inputs: arrays.
+      ct: shaped like the output.
+    """
+
+    def program(inputs, ct):
+        out, pull = jax.vjp(f, *inputs)
+        return out, pull(ct)
+
+    return jax.jit(program)(inputs, ct)

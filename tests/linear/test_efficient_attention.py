@@ -146,10 +146,27 @@ def test_bad_input_is_named():
         efficient_attention(q[:, :5], k, v, causal=True)
     with pytest.raises(ValueError, match="needs causal=True"):
         efficient_attention(q, k, v, cache=ContextCache.create(2, 2, 4, 3))
-    with pytest.raises(ValueError, match="multiples of num_heads"):
-        EfficientAttention(2, 12, 9, rngs=nnx.Rngs(0))
+    for sizes in ({"qkv_features": 9}, {"value_features": 9}):
+        with pytest.raises(ValueError, match=f"{[*sizes][0]}=9 must be a multiple of num_heads=2"):
+            EfficientAttention(2, 12, **sizes, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="normalizer='mean'"):
+        EfficientAttention(2, 12, normalizer="mean", rngs=nnx.Rngs(0))
+    for option in ({"num_kv_heads": 1}, {"rope_base": 1e4}, {"dropout_rate": 0.1}):
+        with pytest.raises(NotImplementedError, match=f"EfficientAttention: {[*option][0]}"):
+            EfficientAttention(2, 12, **option, rngs=nnx.Rngs(0))
     module = EfficientAttention(2, 12, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="segment_ids are not supported"):
         module(jnp.zeros((1, 3, 12)), segment_ids=jnp.zeros((1, 3), jnp.int32))
+    with pytest.raises(NotImplementedError, match="mask is not supported; use valid for padding.$"):
+        module(jnp.zeros((1, 3, 12)), mask=jnp.ones((3, 3), bool))
+    with pytest.raises(ValueError, match=r"x must have shape \[batch, \*spatial, 12\]"):
+        module(jnp.zeros((1, 3, 3, 10)))
+    with pytest.raises(ValueError, match=r"length\] = \(1, 3, 2\), got bool \(1, 6\)"):
+        module(jnp.zeros((1, 3, 2, 12)), valid=jnp.ones((1, 6), bool))
+    with pytest.raises(ValueError, match="a cache needs causal=True"):
+        module.init_cache(1, 3)
+    causal = EfficientAttention(2, 12, causal=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"x must have shape \[batch, length, 12\]"):
+        causal(jnp.zeros((1, 3, 3, 12)))
     with pytest.raises(ValueError, match="residual=True"):
         EfficientAttention(2, 12, out_features=10, rngs=nnx.Rngs(0))

@@ -97,8 +97,18 @@ def test_bad_input_is_named():
         module(_x(), capture=("weights",))
     with pytest.raises(ValueError, match="lrpe=True"):
         module(_x(), edits=Edits(query_positions=jnp.zeros((2, 11), jnp.int32)))
-    with pytest.raises(ValueError, match="cache holds a state"):
+    with pytest.raises(ValueError, match="made for batch .2,., the input has 3 rows"):
         module(_x(b=3), cache=module.init_cache(2, 8))
+    with pytest.raises(
+        ValueError, match=r"holds a state of shape \(4, 8, 4\), needed is \(4, 4, 4\)"
+    ):
+        wide = LightningAttention(4, 16, lrpe=True, rngs=nnx.Rngs(0))
+        module(_x(), cache=wide.init_cache(2, 8))
+    for option in ({"causal": False}, {"rope_base": 1e4}, {"dropout_rate": 0.1}):
+        with pytest.raises(NotImplementedError, match=f"LightningAttention: {[*option][0]}"):
+            LightningAttention(4, 16, **option, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="unknown argument slope; further .* are slopes"):
+        module(_x(), slope=jnp.zeros(4))
 
 
 @pytest.mark.parametrize("lrpe", [False, True])
@@ -131,6 +141,12 @@ def test_segments_are_separate_sequences():
     ids = jnp.array([[0] * 5 + [1] * 6] * 2, jnp.int32)
     want = jnp.concatenate([module(x[:, :5]), module(x[:, 5:])], axis=1)
     assert error(module(x, segment_ids=ids), want) < ROUNDING
+    # the state of a cache belongs to the first of them
+    _, cache = module(x[:, :3], cache=module.init_cache(2, 11))
+    rest, cache = module(x[:, 3:], segment_ids=ids[:, 3:], cache=cache)
+    assert error(rest, want[:, 3:]) < ROUNDING
+    _, alone = module(x[:, 5:], cache=module.init_cache(2, 11))
+    assert error(cache.state, alone.state) < ROUNDING
 
 
 def test_taps():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from attnjax.mechanisms.linear.linear_attention import linear_attention_step
 from pallas_kernels.compat import enable_x64
-from tests.linear.naive import LENGTH, OPTIONS, cast, chunked, error, problem, recurrence
+from tests.linear.naive import LENGTH, OPTIONS, cast, chunked, error, problem, recurrence, values
 
 SCALE = 0.4
 VALUES, GRADIENTS = 1e-12, 1e-9  # float64; the gradients go through sums of decays up to -300
@@ -20,22 +20,23 @@ FLOAT32 = 1e-5  # of the largest output; b_i - b_j loses 6e-8 |b|
 
 @functools.cache
 def _wanted(option):
-    return jax.jit(functools.partial(recurrence, scale=SCALE))(problem(option))
+    return values(problem(option), SCALE)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_chunk_size_gives_the_recurrence(option):
     with enable_x64(True):
         out, state = _wanted(option)
-        for size in (1, 16, 64, 100, LENGTH):
-            got = chunked(problem(option), chunk_size=size, scale=SCALE)
+        sizes = (1, 16, 64, 100, LENGTH)
+        run = jax.jit(lambda p: [chunked(p, chunk_size=size, scale=SCALE) for size in sizes])
+        for size, got in zip(sizes, run(problem(option)), strict=True):
             assert error(got[0], out) < VALUES and error(got[1], state) < VALUES, size
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_float32_with_strong_decays(option):
     with enable_x64(True):
-        out, state = (np.asarray(x) for x in _wanted(option))
+        out, state = _wanted(option)
         p = {name: np.asarray(x, np.float32) for name, x in problem(option).items()}
 
     def loss(p):
@@ -69,9 +70,11 @@ def test_gradients_are_those_of_the_recurrence(option, segments):
             out, state = run(p)
             return jnp.vdot(out, d_out) + jnp.vdot(state, d_state)
 
-        gradient = jax.jit(jax.grad(loss), static_argnums=1)
-        want = gradient(p, lambda p: recurrence(p, SCALE, ids))
-        got = gradient(p, lambda p: chunked(p, chunk_size=32, scale=SCALE, segment_ids=ids))
+        runs = (
+            lambda p: recurrence(p, SCALE, ids),
+            lambda p: chunked(p, chunk_size=32, scale=SCALE, segment_ids=ids),
+        )
+        want, got = jax.jit(lambda p: [jax.grad(loss)(p, run) for run in runs])(p)
         errors = {name: error(got[name], want[name]) for name in want}
         assert max(errors.values()) < GRADIENTS, errors
 
@@ -80,8 +83,10 @@ def test_constant_strong_decay_keeps_the_small_gradient():
     with enable_x64(True):
         p = problem("token", b=1, t=64, h=1)
         p["decay"] = jnp.full_like(p["decay"], -8.0)
-        want = jax.grad(lambda p: recurrence(p, SCALE)[0].sum())(p)["decay"]
-    got = jax.grad(lambda p: chunked(p, chunk_size=64, scale=SCALE)[0].sum())(cast(p, jnp.float32))
+        want = jax.jit(jax.grad(lambda p: recurrence(p, SCALE)[0].sum()))(p)["decay"]
+    got = jax.jit(jax.grad(lambda p: chunked(p, chunk_size=64, scale=SCALE)[0].sum()))(
+        cast(p, jnp.float32)
+    )
     assert error(got["decay"], want) < 1e-4
 
 
@@ -117,10 +122,10 @@ def test_segments_are_separate_sequences(option):
             }
             if start:
                 piece["initial_state"] = jnp.zeros_like(p["initial_state"])
-            out, state = jax.jit(functools.partial(recurrence, scale=SCALE))(piece)
+            out, state = values(piece, SCALE)
             parts.append(out)
             start += n
-        assert error(got, jnp.concatenate(parts, axis=1)) < VALUES
+        assert error(got, np.concatenate(parts, axis=1)) < VALUES
         assert error(last, state) < VALUES
 
 
@@ -146,7 +151,7 @@ def test_steps_give_the_parallel_form(option):
 def test_odd_lengths(option, length):
     with enable_x64(True):
         p = problem(option, b=1, t=length)
-        want = jax.jit(functools.partial(recurrence, scale=SCALE))(p)
+        want = values(p, SCALE)
         got = chunked(p, scale=SCALE)
         assert error(got[0], want[0]) < VALUES and error(got[1], want[1]) < VALUES
 
@@ -162,7 +167,7 @@ def test_odd_lengths(option, length):
 def test_any_size_gives_the_recurrence(option, length, size, widths, seed):
     with enable_x64(True):
         p = problem(option, b=1, t=length, k=widths[0], v=widths[1], seed=seed)
-        want = jax.jit(functools.partial(recurrence, scale=1.0))(p)
+        want = values(p, 1.0)
         got = chunked(p, chunk_size=size, scale=1.0)
         assert error(got[0], want[0]) < 1e-11 and error(got[1], want[1]) < 1e-11
 

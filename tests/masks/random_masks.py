@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import numpy as np
 from hypothesis import strategies as st
 
@@ -34,6 +35,10 @@ def _integers(shape, low, high, sort=False):
     return st.integers(0, 2**20).map(draw)
 
 
+def _sets(make, members):
+    return jax.tree.map(np.asarray, make(members > 0))
+
+
 def closed_forms(length):
     """Masks whose classes must be exact."""
     small = st.integers(1, 9)
@@ -44,8 +49,15 @@ def closed_forms(length):
         st.builds(am.Sink, st.integers(0, 9)),
         st.builds(am.Chunked, small),
         st.builds(am.Dilated, st.integers(1, 6)),
+        st.builds(am.EarlierChunks, small),
+        st.builds(am.SinceGroup, small, st.integers(0, 5)),
+        st.builds(lambda keep: _sets(am.key_set, keep), _integers((BATCH, length), 0, 2)),
+        st.builds(lambda seen: _sets(am.query_set, seen), _integers((BATCH, length, HEADS), 0, 2)),
+        st.builds(am.KeptUntil, _integers((BATCH, HEADS, length), 0, length + 1)),
+        st.builds(am.Rectangle, *[_integers((n,), 0, length + 1) for n in (1, BATCH, 1, BATCH)]),
         st.builds(am.Prefix, st.integers(0, 9)),
         st.builds(am.Prefix, _integers((BATCH,), 0, length)),
+        st.builds(am.Prefix, _integers((1, HEADS), 0, length)),
         st.builds(am.Lengths, _integers((BATCH,), 0, length + 1)),
         st.builds(am.Lengths, _integers((1,), 0, length + 1), _integers((BATCH,), 0, length + 1)),
         st.builds(am.Strided, small, st.integers(1, 4), st.integers(1, 3), st.integers(-5, 5)),

@@ -21,6 +21,9 @@ DEFINITIONS = [
     (am.Sink(2), K < 2),
     (am.Chunked(5), Q // 5 == K // 5),
     (am.Dilated(3), (Q - K) % 3 == 0),
+    (am.EarlierChunks(3), K < Q // 3),
+    (am.SinceGroup(5, 2), K >= Q // 5 * 5 - 2),
+    (am.Causal() & am.SinceGroup(5), (K <= Q) & (Q // 5 == K // 5)),
     (am.Prefix(4), K < 4),
     (am.Causal() & (am.Window(3) | am.Sink(1)), (K <= Q) & ((K > Q - 3) | (K < 1))),
     (am.Strided(2, 3, 2, 1), (K <= Q) & ((Q // 2 - K // 2 < 2) | (K // 2 % 3 == 1))),
@@ -64,7 +67,29 @@ def test_masks_of_sequences():
     np.testing.assert_array_equal(lengths[:, 0].sum((1, 2)), [2, 8])
 
 
+def test_sets_of_keys_and_queries():
+    members = np.random.default_rng(0).random((2, T)) < 0.5
+    got = am.key_set(members).dense(T)[:, 0]
+    np.testing.assert_array_equal(got, np.broadcast_to(members[:, None], got.shape))
+    by_head = members[:, :, None] & (np.arange(3) > 0)
+    late = am.query_set(jnp.asarray(by_head[:, 4:]), jnp.array([4, 4])).dense(8, T, q_offset=4)
+    np.testing.assert_array_equal(
+        late, np.broadcast_to(by_head[:, 4:].swapaxes(1, 2)[..., None], late.shape)
+    )
+    end = np.random.default_rng(1).integers(0, T, (2, 3, T))
+    np.testing.assert_array_equal(
+        am.KeptUntil(end).dense(T), np.arange(T)[:, None] < end[:, :, None]
+    )
+    ids = np.array([[3, 3, 3, 5, 5, 1, 1, 1]])
+    np.testing.assert_array_equal(
+        am.document_sinks(ids, 2).dense(1, 8)[0, 0, 0], [1, 1, 0, 1, 1, 1, 1, 0]
+    )
+
+
 def test_masks_of_heads():
+    by_head = am.Prefix([[0, 2, 5], [1, 1, 3]])
+    assert (by_head.batch_size, by_head.num_heads) == (2, 3)
+    np.testing.assert_array_equal(by_head.dense(1, 9)[:, :, 0].sum(-1), [[0, 2, 5], [1, 1, 3]])
     mask = am.per_head([am.Causal(), am.Window(2), am.Causal(), am.Full()])
     full = mask.dense(5)
     for head, part in enumerate((am.Causal(), am.Window(2), am.Causal(), am.Full())):

@@ -1,5 +1,6 @@
 """Adaptive filter attention: complex definition, both paths, limits, the module's options."""
 
+import functools
 import importlib
 
 import jax
@@ -85,9 +86,10 @@ def test_definition_with_irregular_times_and_own_dynamics_of_keys(options):
     q, k, v, dynamics, own, rates = inputs()
     times = np.cumsum(np.random.default_rng(1).uniform(0.2, 2, (2, 7)), axis=1)
     with jax.enable_x64(True):
-        got = adaptive_filter_attention(
+        run = jax.jit(functools.partial(adaptive_filter_attention, mask=Causal(), options=options))
+        got = run(
             *arrays((q, k, v, dynamics)), key_dynamics=arrays(own), times=jnp.asarray(times),
-            mask=Causal(), options=options, **arrays(rates),
+            **arrays(rates),
         )  # fmt: skip
         want = definition(q, k, v, dynamics, own, rates, times, options)
         assert_allclose(got, want, rtol=1e-9, atol=1e-9)
@@ -99,19 +101,16 @@ def test_tile_by_tile_is_the_definition():
     with jax.enable_x64(True):
         given = arrays((q, k, v, dynamics, own, rates))
 
-        def loss(implementation, q, k, v, dynamics, own, rates):
+        def loss(given, implementation):
+            q, k, v, dynamics, own, rates = given
             out = adaptive_filter_attention(
                 q, k, v, dynamics, key_dynamics=own, mask=Causal(), implementation=implementation,
                 **rates,
             )  # fmt: skip
             return (out**2).sum()
 
-        got, want = (
-            jax.jit(
-                jax.value_and_grad(lambda *x, name=name: loss(name, *x), argnums=tuple(range(6)))
-            )(*given)
-            for name in ("block_sparse", "dense")
-        )
+        both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        got, want = (both(given, name) for name in ("block_sparse", "dense"))
         jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-8, atol=1e-9), got, want)
 
 
@@ -137,10 +136,15 @@ def test_still_systems_are_softmax_attention(turning):
     with jax.enable_x64(True):
         q, k, v, dynamics, rates = arrays((q, k, v, dynamics, rates))
         rates["temperature"] = jnp.ones(2)
-        got = adaptive_filter_attention(
-            q, k, v, dynamics, mask=Causal(), options=FilterOptions("none", "constant", False),
-            **rates,
-        )  # fmt: skip
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(full):
+            options = FilterOptions("none", "constant", robust=False, full_residual=full)
+            return adaptive_filter_attention(
+                q, k, v, dynamics, mask=Causal(), options=options, **rates
+            )
+
+        got = run(True)
 
         def rope(x, sign=-1):
             return apply_rope(x, sign * jnp.arange(7), jnp.asarray(line))
@@ -149,18 +153,16 @@ def test_still_systems_are_softmax_attention(turning):
         assert_allclose(got, rope(want, 1), rtol=1e-9, atol=1e-9)
         if not turning:
             assert_allclose(got, attention(q, k, v, mask=Causal(), scale=2 / 3), atol=1e-9)
-        dots = FilterOptions("none", "constant", robust=False, full_residual=False)
-        got = adaptive_filter_attention(q, k, v, dynamics, mask=Causal(), options=dots, **rates)
-        assert_allclose(got, rope(want, 1), rtol=1e-9, atol=1e-9)
+        assert_allclose(run(False), rope(want, 1), rtol=1e-9, atol=1e-9)
 
 
 def test_module_tile_by_tile(monkeypatch):
-    """Long inputs never hold all scores: the same outputs, with cache, padding and documents."""
+    """Long inputs never hold all scores: the same outputs, with documents and with a cache."""
     module = AdaptiveFilterAttention(2, 8, residual="precision", separate=True, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
-    ids = jnp.array([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]])
-    packed = jax.jit(lambda x: module(x, segment_ids=ids))(x)
-    whole = jax.jit(lambda x: module(x))(x)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    ids = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
+    dense = jax.jit(lambda x, ids: module(x, segment_ids=ids))
+    packed, whole = dense(x, ids), dense(x, jnp.zeros_like(ids))
     monkeypatch.setattr(MODULE, "DENSE_SCORES", 0)
     tiles = jax.jit(lambda x: module(x, segment_ids=ids))(x)
     assert_allclose(tiles, packed, rtol=1e-4, atol=1e-5)
@@ -181,7 +183,7 @@ def test_module_tile_by_tile(monkeypatch):
 )
 def test_options_of_the_module(options):
     module = AdaptiveFilterAttention(2, 8, rngs=nnx.Rngs(0), **options)
-    y = module(jax.random.normal(jax.random.key(0), (2, 5, 8)))
+    y = jax.jit(module.__call__)(jax.random.normal(jax.random.key(0), (2, 5, 8)))
     assert y.shape == (2, 5, 8) and np.isfinite(y).all()
 
 
@@ -199,3 +201,15 @@ def test_options_of_the_module(options):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveFilterAttention(2, 8, rngs=nnx.Rngs(0), **options)
+
+
+def test_bad_shapes():
+    q, k, v, dynamics, _, rates = arrays(
+        jax.tree.map(lambda x: np.asarray(x, np.float32), inputs(t=3))
+    )
+    with pytest.raises(ValueError, match="every head has its own keys"):
+        adaptive_filter_attention(q, k[:, :, :1], v[:, :, :1], dynamics, **rates)
+    with pytest.raises(ValueError, match="times must have shape"):
+        adaptive_filter_attention(q, k, v, dynamics, times=jnp.ones((3,)), **rates)
+    with pytest.raises(ValueError, match="frequency must have shape"):
+        adaptive_filter_attention(q[..., :4], k[..., :4], v, dynamics, **rates)

@@ -83,6 +83,8 @@ def test_bad_arguments(module, key):
     x = jax.random.normal(key, (2, T, 8))
     with pytest.raises(ValueError, match="in order"):
         modality_mutual_mask([5, 3, 9])
+    with pytest.raises(ValueError, match="in order"):
+        modality_mutual_mask(jnp.array([[[1, 5, 9]], [[2, 10, 4]]]))
     with pytest.raises(ValueError, match="must have shape"):
         modality_mutual_mask([5, 3])
     with pytest.raises(ValueError, match="with batch 2"):

@@ -77,6 +77,15 @@ def _with_base(model, base):
     return jax.jit(model.with_mixers(f"attention_buckets(rope_base={base})"))
 
 
+def test_packed_documents_in_all_runs(model):
+    merged = BucketModel(model.with_mixers("attention_buckets(bases=500/20000)"), 2)
+    text = jax.random.randint(jax.random.key(2), (2, 6), 0, 11)
+    ids = jnp.array([[0, 0, 0, 1, 1, 1]] * 2)
+    got, first = jax.jit(lambda text: (merged(text, segment_ids=ids), merged(text[:, :3])))(text)
+    later = jax.jit(merged)(text[:, 3:])
+    assert_allclose(got, jnp.concatenate([first, later], 1), rtol=1e-4, atol=1e-5)
+
+
 def test_one_base_is_the_model_itself(model):
     prompt = jax.random.randint(jax.random.key(2), (2, 6), 0, 11)
     merged = BucketModel(model.with_mixers("attention_buckets"), 1)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from attnjax.cache import DenseCache, LinearCache, RingCache, StridedCache
+from attnjax.cache import DenseCache, LinearCache, RingCache, StateCache, StridedCache
 from attnjax.mechanisms.linear.lightning_attention import LightningAttention
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.mechanisms.sparse.longgen import BlockStrideAttention
@@ -251,3 +251,17 @@ def test_caches_shard_by_rows_and_heads():
     got, cache = run(step, x[:, :16], cache, [9, 7])
     assert_allclose(got, want[:, :16], **CLOSE)
     assert cache.key.sharding.is_equivalent_to(place, 4)
+
+
+def test_states_may_have_any_name_and_keep_shape_and_dtype():
+    cache = StateCache.create(
+        2, {"count": (3,), "self": ()}, {"count": jnp.float32, "self": "int8"}
+    )
+    after = cache.next(jnp.array([1, 4]), count=jnp.ones((2, 3)), self=jnp.ones((2,)))
+    assert_array_equal(after.length, [1, 4])
+    assert_array_equal(after.state["count"], np.ones((2, 3)))
+    assert after.state["self"].dtype == jnp.int8
+    with pytest.raises(ValueError, match="every state must be given"):
+        cache.next(jnp.array([1, 4]), count=jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="every state must be given"):
+        cache.next(jnp.array([1, 4]), count=jnp.ones((2, 2)), self=jnp.ones((2,)))

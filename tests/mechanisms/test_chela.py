@@ -62,7 +62,10 @@ def test_gradients_of_the_long_convolution():
             toeplitz = jnp.where(inside[..., None], kernel[np.clip(lag, 0, 39)], 0.0)
             return jnp.einsum("tsc,bsc->btc", toeplitz, x)
 
-        got, want = (jax.vjp(f, x, kernel)[1](ct) for f in (jax.jit(long_convolution), matrix))
+        def pulled(f):
+            return jax.jit(lambda x, kernel, ct: jax.vjp(f, x, kernel)[1](ct))(x, kernel, ct)
+
+        got, want = (pulled(f) for f in (long_convolution, matrix))
         jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-11), got, want)
 
 
@@ -128,22 +131,31 @@ def test_identity_convolutions_leave_gated_linear_attention():
     module.short[...] = jnp.ones_like(module.short[...])
     module.long_0[...] = jnp.ones_like(module.long_0[...])
     x = jax.random.normal(jax.random.key(0), (1, 7, 8))
-    z = jax.nn.silu(x)
-    m = linear_attention(module.query(z), module.key(z), jax.nn.silu(module.value(x)))
-    want = module.out(module.norm(m) * jax.nn.silu(module.gate(z)))
-    assert_allclose(jax.jit(module.__call__)(x), want, rtol=1e-4, atol=1e-6)
+
+    @jax.jit
+    def both(x):
+        z = jax.nn.silu(x)
+        m = linear_attention(module.query(z), module.key(z), jax.nn.silu(module.value(x)))
+        return module(x), module.out(module.norm(m) * jax.nn.silu(module.gate(z)))
+
+    assert_allclose(*both(x), rtol=1e-4, atol=1e-6)
 
 
 def test_padding_and_documents_in_both_directions():
     module = ChelaAttention(2, 8, causal=False, kernel_length=20, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 11, 8))
-    valid = jnp.arange(11)[None] < 6
-    call = jax.jit(module.__call__)
-    first = call(x[:, :6])
-    got = call(jnp.where(valid[..., None], x, jnp.nan), valid=valid)
-    assert_allclose(got[:, :6], first, rtol=1e-4, atol=1e-6)
-    got = call(x, segment_ids=1 - valid.astype(jnp.int32))
-    assert_allclose(got[:, :6], first, rtol=1e-4, atol=1e-6)
+    x = jax.random.normal(jax.random.key(0), (1, 12, 8))
+    first = jnp.arange(12)[None] < 6
+    step = jax.jit(lambda x, valid, ids: module(x, valid=valid, segment_ids=ids))
+
+    def call(x, valid=None, ids=None):
+        ones = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        return step(x, ones, jnp.zeros(x.shape[:2], jnp.int32) if ids is None else ids)
+
+    alone = call(x[:, :6])
+    got = call(jnp.where(first[..., None], x, jnp.nan), valid=first)
+    assert_allclose(got[:, :6], alone, rtol=1e-4, atol=1e-6)
+    got = call(x, ids=1 - first.astype(jnp.int32))
+    assert_allclose(got[:, :6], alone, rtol=1e-4, atol=1e-6)
     assert_allclose(got[:, 6:], call(x[:, 6:]), rtol=1e-4, atol=1e-6)
 
 
@@ -154,7 +166,7 @@ def test_cache_is_as_long_as_the_kernel():
         for length in (10, 10**6)
     ]
     assert shapes[0] == shapes[1]
-    assert shapes[0] == {"state": (3, 2, 4, 5), "short": (3, 2, 8), "long": (3, 31, 8)}
+    assert shapes[0] == {"state": (3, 2, 4, 5), "short_conv": (3, 2, 8), "long_conv": (3, 31, 8)}
 
 
 def test_bad_options():

@@ -68,7 +68,7 @@ def test_padding_is_never_picked(arrays, selection, aggregation):
 
 def test_top_k_of_zero_reads_modulated_values_alone(arrays):
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)
-    got = co4_attention(q, k, v, top_k=0)
+    got = eager(q, k, v, top_k=0)
     assert_allclose(got[:, :1], v[:, :1], rtol=1e-6)
     assert_array_equal(got[:, 1:], modulate(q, k, v)[2])
 
@@ -116,10 +116,16 @@ def test_module_has_no_output_projection_unless_asked_for():
     x = jax.random.normal(jax.random.key(1), (1, T, 8))
     module = Co4(2, 8, top_k=K, rngs=nnx.Rngs(0))
     assert module.out is None
-    q, k, v = (getattr(module, n)(x).reshape(1, T, 8) for n in ("query", "key", "value"))
-    assert_allclose(module(x), co4_attention(q, k, v, num_heads=2, top_k=K), rtol=1e-5, atol=1e-6)
     wide = Co4(2, 8, out_features=5, top_k=K, output_projection=True, rngs=nnx.Rngs(0))
-    y, sites = wide(x, capture=("weights",))
+
+    @jax.jit
+    def run(x):
+        q, k, v = (getattr(module, n)(x).reshape(1, T, 8) for n in ("query", "key", "value"))
+        want = eager(q, k, v, num_heads=2, top_k=K)
+        return module(x), want, wide(x, capture=("weights",))
+
+    got, want, (y, sites) = run(x)
+    assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert y.shape == (1, T, 5) and sites["weights"].shape == (1, 2, K + 1, K + 1)
 
 

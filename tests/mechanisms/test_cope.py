@@ -1,5 +1,7 @@
 """CoPE against its definition in NumPy, its limits, and the streamed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,11 +65,13 @@ def test_streamed_gradients_are_the_dense_ones(arrays):
     with jax.enable_x64(True):
         given = [jnp.asarray(x) for x in arrays]
 
-        def loss(given, chunk):
+        @functools.partial(jax.jit, static_argnums=1)
+        @jax.grad
+        def gradients(given, chunk):
             *main, gate = given
             return (cope_attention(*main, gate_key=gate, chunk=chunk) ** 2).sum()
 
-        dense, streamed = (jax.grad(loss)(given, chunk) for chunk in (None, 3))
+        dense, streamed = (gradients(given, chunk) for chunk in (None, 3))
         for want, got in zip(dense, streamed, strict=True):
             assert_allclose(got, want, rtol=1e-9, atol=1e-11)
         # E has an effect on the gradient of everything; positions beyond the clamp share a column
@@ -76,8 +80,10 @@ def test_streamed_gradients_are_the_dense_ones(arrays):
 
 def test_a_table_of_zeros_is_plain_attention(arrays):
     q, k, v, table, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
-    want = attention(q, k, v, is_causal=True)
-    assert_allclose(cope_attention(q, k, v, table * 0), want, rtol=1e-5, atol=1e-6)
+    got, want = jax.jit(
+        lambda *qkv: (cope_attention(*qkv, table * 0), attention(*qkv, is_causal=True))
+    )(q, k, v)
+    assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_open_gates_count_tokens():
@@ -107,18 +113,22 @@ def test_long_counts_do_not_drift_in_bfloat16():
     assert float(positions[0, 0, 0, 0]) == 512.0
 
 
-@pytest.mark.parametrize("gate", ["key", "value"])
+@pytest.mark.parametrize("gate", ["separate", "value"])
 def test_module_streams_and_shares_its_table(gate):
     first = CoPE(2, 8, num_positions=P, gate=gate, num_relative=3, rngs=nnx.Rngs(0))
     first.table[...] = jax.random.normal(jax.random.key(1), (4, P))
     first.relative[...] = jax.random.normal(jax.random.key(2), (4, 3))
-    second = CoPE(2, 8, num_positions=P, table=first.table, rngs=nnx.Rngs(1))
+    second = CoPE(
+        2, 8, num_positions=P, gate=gate, num_relative=3, chunk=4, table=first.table,
+        rngs=nnx.Rngs(1),
+    )  # fmt: skip
     assert second.table is first.table
+    nnx.update(second, nnx.state(first, nnx.Param))
     x = jax.random.normal(jax.random.key(3), (2, T, 8))
-    want = first(x)
-    first.chunk = 4
-    assert_allclose(first(x), want, rtol=1e-5, atol=1e-5)
-    shown, sites = first(x, capture=("weights",))
+    want, streamed, (shown, sites) = jax.jit(
+        lambda x: (first(x), second(x), second(x, capture=("weights",)))
+    )(x)
+    assert_allclose(streamed, want, rtol=1e-5, atol=1e-5)
     assert_allclose(shown, want, rtol=1e-5, atol=1e-5)
     assert_allclose(sites["weights"].sum(-1), 1.0, rtol=1e-5)
 
@@ -129,7 +139,7 @@ def test_the_relative_embedding_depends_on_the_distance_alone():
     module.query.kernel[...] = jnp.eye(4).reshape(4, 1, 4)
     module.relative[...] = jnp.asarray([[0.0, 2.0, 4.0]] + [[0.0] * 3] * 3)
     x = jnp.ones((1, 6, 4))
-    scores = module(x, capture=("scores",))[1]["scores"][0, 0]
+    scores = jax.jit(lambda x: module(x, capture=("scores",)))(x)[1]["scores"][0, 0]
     i, j = np.tril_indices(6)
     assert_allclose(scores[i, j], np.minimum(i - j, 2), atol=1e-6)
 

@@ -18,6 +18,7 @@ from attnjax.mechanisms.softmax.deconstructing_attention import (
     random_stream,
     taylor_attention,
     weight_indicators,
+    without_layers,
 )
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
 from attnjax.models import LanguageModel, LanguageModelConfig
@@ -88,12 +89,15 @@ def test_running_mean_stands_far_logits_and_goes_on_from_a_state():
 
 def test_the_quadratic_form_shows_the_shared_logits():
     module, x = make("nonapprox"), tokens()
-    y, captured = module(x, capture=("weights", "scores"))
-    assert_allclose(y, module(x), **CLOSE)
+    full = jnp.ones((7, 7), bool)
+    (y, captured), linear, masked = jax.jit(
+        lambda x: (module(x, capture=("weights", "scores")), module(x), module(x, mask=full))
+    )(x)
+    assert_allclose(y, linear, **CLOSE)
     logits = captured["scores"][:, :, -1]  # [b, h, s]; all rows share them
     shared = jnp.exp(logits) / jnp.exp(logits).cumsum(-1)
     assert_allclose(jnp.diagonal(captured["weights"], 0, -2, -1), shared, **CLOSE)
-    assert_allclose(module(x, mask=jnp.ones((7, 7), bool)), y, **CLOSE)
+    assert_allclose(masked, y, **CLOSE)
     with pytest.raises(NotImplementedError, match="keeps a mean"):
         module(x, cache=module.init_cache(2, 8), capture=("weights",))
 
@@ -146,12 +150,13 @@ def test_decoding_of_the_other_variants(variant):
 
 def test_weights_from_a_stream_do_not_depend_on_the_input():
     module, stream = make("fixed_seq_qk"), tokens(1, 7, 12, seed=5)
-    both = [module(tokens(seed=s), qk_input=stream, capture=("weights",))[1] for s in (1, 2)]
+    call = jax.jit(lambda x: module(x, qk_input=stream, capture=("weights",)))
+    both = [call(tokens(seed=s))[1] for s in (1, 2)]
     assert_array_equal(both[0]["weights"], both[1]["weights"])
     assert_array_equal(both[0]["weights"][0], both[0]["weights"][1])
     first = make("fixed_seq_qk", first_row=True)
     x = tokens().at[0].set(stream[0])
-    assert_allclose(first(x), module(x, qk_input=stream), **CLOSE)
+    assert_allclose(jax.jit(lambda x: first(x))(x), call(x)[0], **CLOSE)
 
 
 def test_a_model_with_a_random_stream_in_its_first_row():
@@ -172,6 +177,19 @@ def test_a_model_with_a_random_stream_in_its_first_row():
     assert_allclose(one, other, rtol=1e-6)
     assert_allclose(one[:, 0], one[:, 2], rtol=1e-6)
     assert np.abs(one[0] - one[1]).max() > 0.01
+
+
+def test_a_deleted_layer_leaves_the_stream_alone():
+    config = LanguageModelConfig(vocab_size=11, width=8, num_layers=3, num_heads=2, mlp_width=8)
+    model, text = LanguageModel(config, rngs=nnx.Rngs(0)), jnp.arange(6, dtype=jnp.int32)[None]
+    edits = without_layers((0, 2), 3)
+    sites = jax.jit(lambda text: model(text, edits=edits, capture=("resid_pre", "resid_post")))(
+        text
+    )[1]
+    changed = np.abs(sites["resid_post"] - sites["resid_pre"]).max((1, 2, 3)) > 0
+    assert_array_equal(changed, [False, True, False])
+    with pytest.raises(ValueError, match="of 3; they count from 0"):
+        without_layers((3,), 3)
 
 
 def test_indicators():
@@ -207,5 +225,7 @@ def test_bad_input_is_named():
     module = make("fixed_seq_qk", first_row=True)
     with pytest.raises(NotImplementedError, match="first_row=True with a cache"):
         module(x, cache=module.init_cache(2, 8))
+    with pytest.raises(NotImplementedError, match="dropout_rate=0.1"):
+        make("mlp", dropout_rate=0.1)
     with pytest.raises(NotImplementedError, match="causal=False"):
         make("standard", causal=False)

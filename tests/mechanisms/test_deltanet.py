@@ -13,6 +13,7 @@ from attnjax.mechanisms.linear.deltanet import DeltaNet, delta_rule
 from attnjax.mechanisms.linear.linear_attention import linear_attention
 from tests.linear.naive import recurrence as naive_recurrence
 from tests.linear.naive_layers import (
+    both,
     convolve,
     output,
     project,
@@ -65,10 +66,9 @@ def test_gradients():
             q, k = (a / jnp.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
             return naive_recurrence(dict(query=q, key=k, value=v, beta=beta), 0.5)[0]
 
-        got, pull = jax.vjp(delta_rule, q, k, v, beta)
-        want, want_pull = jax.vjp(naive, q, k, v, beta)
-        assert_allclose(got, want, atol=1e-13)
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-11), pull(ct), want_pull(ct))
+        got, want = (both(f, (q, k, v, beta), ct) for f in (delta_rule, naive))
+        assert_allclose(got[0], want[0], atol=1e-13)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-11), got[1], want[1])
 
 
 def test_a_write_replaces_what_the_key_held():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from attnjax import attention
 from attnjax.masks import BlockPattern, Causal
 from attnjax.mechanisms.softmax.multi_head_attention import MultiHeadAttention
-from attnjax.mechanisms.sparse import dhsa
+from attnjax.mechanisms.sparse import dhsa, gathered
 from attnjax.mechanisms.sparse.dhsa import (
     DHSAttention,
     dhsa_attention,
     dhsa_block_mask,
     dhsa_select,
+    gathered_attention,
 )
 from attnjax.mechanisms.sparse.dhsa_boundaries import (
     BoundaryPredictor,
@@ -32,9 +35,8 @@ def naive_select(q, k, bounds, budget, block, local, normalize, window=None):
     chosen = []
     for first in range(0, len(q), block):
         mean_q = q[first : first + block].mean(0)
-        allowed = [j for j in range(len(k)) if j < first + block]
-        if window is not None:
-            allowed = allowed[-window:] if len(k) >= first + block else allowed[len(k) - window :]
+        end = first + block
+        allowed = [j for j in range(len(k)) if (end - window if window else 0) <= j < end]
         recent = allowed[len(allowed) - min(local, budget, len(allowed)) :]
         score = {}
         for a, b in zip(bounds[:-1], bounds[1:], strict=True):
@@ -84,7 +86,7 @@ def test_attention_is_exact_over_the_chosen_keys(monkeypatch):
         jax.value_and_grad(lambda *a: loss(lambda *b: attention(*b, mask=mask), *a), (0, 1, 2))
     )(q, k, v)
     for keys in (1 << 16, 14):
-        monkeypatch.setattr(dhsa, "GATHERED_KEYS", keys)
+        monkeypatch.setattr(gathered, "GATHERED_KEYS", keys)
         got = jax.jit(jax.value_and_grad(lambda *a: loss(ours, *a), (0, 1, 2)))(q, k, v)
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
@@ -182,7 +184,8 @@ def test_module_decides_boundaries_as_tokens_come():
     logit = np.asarray(jax.jit(module.predictor)(k))[0]
     total = jnp.cumsum(k.mean(2), axis=1)
     at = jnp.arange(30, dtype=jnp.int32)[None]
-    index = jax.jit(module.select)(q, total, jnp.asarray(logit)[None], at)[0]
+    starts = jax.jit(module.starts)(jnp.asarray(logit)[None])
+    index = jax.jit(module.select)(q, total, starts, at)[0]
     w, nms = 2, 2
     several = 0
     for t in range(30):
@@ -199,8 +202,8 @@ def test_module_decides_boundaries_as_tokens_come():
     assert several > 5
 
 
-def test_later_tokens_change_nothing():
-    """Exactly: not only by gradient, which a choice does not have."""
+def test_later_tokens_change_nothing(monkeypatch):
+    """Exactly: not only by gradient, which a choice does not have. Nor do queries at a time."""
     module = make()
     x = jax.random.normal(jax.random.key(0), (1, 26, 8))
     call = jax.jit(module)
@@ -208,6 +211,8 @@ def test_later_tokens_change_nothing():
     got = call(x.at[:, 17:].set(3.0))
     assert_array_equal(got[:, :17], want[:, :17])
     assert np.abs(got[:, 17:] - want[:, 17:]).max() > 1e-3
+    monkeypatch.setattr(dhsa, "GATHERED_KEYS", 20)  # four queries
+    assert_allclose(jax.jit(lambda x: module(x))(x), want, rtol=1e-5, atol=1e-6)
 
 
 def test_budget_of_all_tokens_is_dense_attention():
@@ -226,21 +231,61 @@ def test_budget_of_all_tokens_is_dense_attention():
     assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "a_shape"])
-def test_fixed_blocks_of_two_sizes(kind):
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 44, 2, 4))
-    got = np.asarray(dhsa_block_mask(q, k, block_q=8, block_kv=4, density=0.4, kind=kind))
-    assert got.shape == (1, 2, 6, 11)
-    for h in range(2):
-        for i in range(6):
-            causal = [j for j in range(11) if 4 * j < 8 * (i + 1)]
-            part = q[0, 8 * i : 8 * i + 8, h].mean(0)
-            score = {j: float(part @ k[0, 4 * j : 4 * j + 4, h].mean(0)) for j in causal}
-            always = {0, *(j for j in causal if 4 * j >= 8 * i)} if kind == "a_shape" else set()
-            best = sorted(causal, key=lambda j: (j not in always, -score[j]))[:4]
-            assert np.nonzero(got[0, h, i])[0].tolist() == sorted(best)
-    mask = BlockPattern(got, 8, 4) & Causal()
-    assert mask.density(44) < 0.5
+def line_scores(q, k, i, budget, share, block_q=8, block_kv=4):
+    """One head [t, d]: what the strongest columns and diagonals put on each block of row i."""
+    t = len(q)
+    rows = range(t - block_q, t)
+    weights = np.zeros((t, t))
+    for r in rows:
+        e = np.exp(q[r] @ k[: r + 1].T / np.sqrt(q.shape[1]))
+        weights[r, : r + 1] = e / e.sum()
+    columns = {j: weights[:, j].sum() for j in range(t)}
+    diagonals = {n: sum(weights[r, r - n] for r in rows if r >= n) for n in range(t)}
+    count = int(share * budget)
+    kept = [
+        sorted(lines, key=lambda n, lines=lines: -lines[n])[:most]
+        for lines, most in ((columns, count), (diagonals, budget - count))
+    ]
+    score = dict.fromkeys(range(-(-t // block_kv)), 0.0)
+    for j in kept[0]:
+        score[j // block_kv] += columns[j]
+    for n in kept[1]:
+        for j in {(r - n) // block_kv for r in range(block_q * i, block_q * (i + 1)) if r >= n}:
+            if j in score:
+                score[j] += diagonals[n]
+    return score
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("plain", 0.5), ("a_shape", 0.5), ("vertical_slash", 0.5), ("vertical_slash", 0.0)],
+)
+def test_fixed_blocks_of_two_sizes(kind, share):
+    """Keys of two query heads; rows of 8 queries read 4 of 12 blocks of 4 keys."""
+    t, most = 46, 4
+    q = jax.random.normal(jax.random.key(0), (1, t, 4, 4))
+    k = jax.random.normal(jax.random.key(1), (1, t, 2, 4))
+    choose = functools.partial(
+        dhsa_block_mask, block_q=8, block_kv=4, density=0.4, kind=kind, vertical=share
+    )
+    got = np.asarray(jax.jit(choose)(q, k))
+    assert got.shape == (1, 4, 6, 12)
+    q, k = (np.asarray(a, np.float64)[0] for a in (q, k))
+    for h, i in np.ndindex(4, 6):
+        keys, queries = k[:, h // 2], q[:, h]
+        causal = [j for j in range(12) if 4 * j < 8 * (i + 1)]
+        if kind == "vertical_slash":
+            score = line_scores(queries, keys, i, most * 4, share)
+            if 8 * i < most * 4 or i == 5:
+                assert np.nonzero(got[0, h, i])[0].tolist() == causal
+                continue
+        else:
+            mean = queries[8 * i : 8 * i + 8].mean(0)
+            score = {j: mean @ keys[4 * j : 4 * j + 4].mean(0) for j in causal}
+        always = set() if kind == "plain" else {0, causal[-1]}
+        best = sorted(causal, key=lambda j: (j not in always, -score[j]))[:most]
+        assert np.nonzero(got[0, h, i])[0].tolist() == sorted(best)
+    assert (BlockPattern(got, 8, 4) & Causal()).density(t) < 0.6
 
 
 def test_bad_options():
@@ -261,3 +306,9 @@ def test_bad_options():
     q = jnp.zeros((1, 4, 1, 2))
     with pytest.raises(ValueError, match="kind='star'"):
         dhsa_block_mask(q, q, kind="star")
+    with pytest.raises(ValueError, match="density=0"):
+        dhsa_block_mask(q, q, density=0)
+    with pytest.raises(ValueError, match="same length"):
+        dhsa_block_mask(q[:, :2], q)
+    with pytest.raises(ValueError, match="1 rows and 2 blocks of block_q=2"):
+        gathered_attention(q, q, q, jnp.zeros((1, 3, 1), jnp.int32), block_q=2)

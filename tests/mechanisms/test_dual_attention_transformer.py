@@ -50,12 +50,18 @@ def test_equals_the_definition():
 def test_without_relations_it_attends_to_symbols(x):
     module = make(relational_heads=4)
     module.relation_kernel[...] = jnp.zeros_like(module.relation_kernel[...])
-    symbols = module.retriever(x)
-    q, k = module.relational_query(x), module.relational_key(x)
-    z = attention(q, k, module.symbol_value(symbols), is_causal=True)
-    assert_allclose(module(x), module.relational_out(z), rtol=1e-5, atol=1e-5)
-    same = jnp.broadcast_to(symbols[:1, :1], symbols.shape)
-    _, sites = module.with_symbols(x, same, capture=("z",))
+
+    @jax.jit
+    def run(x):
+        symbols = module.retriever(x)
+        q, k = module.query(x), module.key(x)
+        z = attention(q, k, module.symbol_value(symbols), is_causal=True)
+        same = jnp.broadcast_to(symbols[:1, :1], symbols.shape)
+        constant = module(x, symbols=same, capture=("z",))[1]
+        return module(x), module.relational_out(z), constant
+
+    got, want, sites = run(x)
+    assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     first = jnp.broadcast_to(sites["z"][:, :1], sites["z"].shape)
     assert_allclose(sites["z"], first, rtol=1e-5, atol=1e-5)
 
@@ -69,9 +75,10 @@ def test_without_relational_heads_it_is_self_attention(x):
 def test_the_heads_do_not_mix(x):
     """The first half of the output is of the sensory heads alone, the second of the relational."""
     module = make(relational_heads=2)
-    y = module(x)
+    call = nnx.jit(lambda module, x: module(x))
+    y = call(module, x)
     module.relational_out.kernel[...] = jnp.zeros_like(module.relational_out.kernel[...])
-    half = module(x)
+    half = call(module, x)
     assert_array_equal(half[..., : C // 2], y[..., : C // 2])
     assert_array_equal(half[..., C // 2 :], jnp.zeros_like(half[..., C // 2 :]))
 
@@ -101,7 +108,7 @@ def test_relative_symbols_decode(x):
 
 def test_symmetric_relations_and_tied_scores(x):
     module = make(symmetric=True, tie_scores=True, causal=False)
-    assert module.relation_key is None and module.relational_query is None
+    assert module.relation_key is None and module.query.kernel.shape == (C, 2, C // 4)
     _, sites = module(x, capture=("weights",))
     assert_array_equal(sites["weights"][:, :2], sites["weights"][:, 2:])
 
@@ -126,7 +133,7 @@ def test_retrievers_are_shared_between_layers(x):
     library = SymbolicAttention(C, 2, 5, library=first.retriever.library, rngs=nnx.Rngs(2))
     assert library.library is first.retriever.library
     symbols = first.retriever(x)
-    assert_allclose(second.with_symbols(x, symbols), second(x), rtol=1e-6)
+    assert_allclose(second(x, symbols=symbols), second(x), rtol=1e-6)
     by_position = make(symbols="positional", num_symbols=4)
     far = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     rows = by_position.retriever(x, far)
@@ -138,14 +145,18 @@ def test_each_kind_of_heads_has_its_own_key_value_heads(x):
         6, 12, relational_heads=4, relational_kv_heads=2, sensory_kv_heads=1, num_relations=8,
         num_symbols=3, rngs=nnx.Rngs(0),
     )  # fmt: skip
+    wide = make(num_relations=3, relation_dim=5)
+    assert wide.relation_query.kernel.shape == (C, 3, 5)
+    assert wide.token_shapes()["relation_key"] == (3, 5)
     assert module.kv_sizes == (1, 2) and module.relation_query.kernel.shape == (12, 8, 1)
-    assert module(jnp.ones((1, 3, 12))).shape == (1, 3, 12)
+    assert jax.eval_shape(module, jnp.ones((1, 3, 12))).shape == (1, 3, 12)
 
 
 def test_bad_options_are_named(x):
     for options, message in (
         (dict(relational_heads=5), "relational_heads=5"),
         (dict(num_relations=3), "num_relations=3 must divide"),
+        (dict(relation_dim=0), "relation_dim=0"),
         (dict(relation_activation="x"), "activation='x'"),
         (dict(form="x"), "form='x'"),
         (dict(form="disentangled_rca", num_relations=1), "one relation for each"),
@@ -160,6 +171,6 @@ def test_bad_options_are_named(x):
             make(**options)
     module = make(symbols=RelativeSymbols(C, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no symbols by token"):
-        module.with_symbols(x, x)
+        module(x, symbols=x)
     with pytest.raises(ValueError, match="shape of x"):
-        make().with_symbols(x, x[:, 1:])
+        make()(x, symbols=x[:, 1:])

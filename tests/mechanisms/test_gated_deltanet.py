@@ -13,6 +13,7 @@ from attnjax.mechanisms.linear.deltanet import delta_rule
 from attnjax.mechanisms.linear.gated_deltanet import GatedDeltaNet, gated_delta_rule
 from tests.linear.naive import recurrence as naive_recurrence
 from tests.linear.naive_layers import (
+    both,
     convolve,
     output,
     project,
@@ -61,10 +62,9 @@ def test_gradients(by_channel):
             q, k = (a / jnp.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
             return naive_recurrence(dict(query=q, key=k, value=v, beta=beta, decay=decay), 0.5)[0]
 
-        got, pull = jax.vjp(gated_delta_rule, q, k, v, beta, decay)
-        want, want_pull = jax.vjp(naive, q, k, v, beta, decay)
-        assert_allclose(got, want, atol=1e-13)
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-11), pull(ct), want_pull(ct))
+        got, want = (both(f, (q, k, v, beta, decay), ct) for f in (gated_delta_rule, naive))
+        assert_allclose(got[0], want[0], atol=1e-13)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-11), got[1], want[1])
 
 
 def test_reduces_to_delta_rule():

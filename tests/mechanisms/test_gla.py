@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from attnjax.mechanisms.linear.gla import GatedLinearAttention, gated_linear_attention
 from attnjax.mechanisms.linear.linear_attention import linear_attention
 from tests.linear.naive_layers import (
+    both,
     convolve,
     output,
     project,
@@ -62,10 +63,9 @@ def test_gradients():
                 q, k, jnp.exp(total), jnp.exp(-total), seen, v,
             ) / 2  # fmt: skip
 
-        got, pull = jax.vjp(gated_linear_attention, q, k, v, gate)
-        want, want_pull = jax.vjp(naive, q, k, v, gate)
-        assert_allclose(got, want, atol=1e-13)
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-12), pull(ct), want_pull(ct))
+        got, want = (both(f, (q, k, v, gate), ct) for f in (gated_linear_attention, naive))
+        assert_allclose(got[0], want[0], atol=1e-13)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-12), got[1], want[1])
 
 
 def test_reduces_to_linear_attention():
@@ -88,5 +88,7 @@ def test_bad_options():
         GatedLinearAttention(2, 6, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="norm='batch'"):
         GatedLinearAttention(2, 8, norm="batch", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="chunk_size=0 must be at least 1 token"):
+        GatedLinearAttention(2, 8, chunk_size=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="width=0"):
         GatedLinearAttention(2, 8, conv_size=0, rngs=nnx.Rngs(0))

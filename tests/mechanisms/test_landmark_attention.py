@@ -58,7 +58,7 @@ def test_grouped_softmax_is_the_definition():
     )
     with jax.enable_x64(True):
         visible = jnp.tri(15, dtype=bool)[None, None]
-        got = grouped_softmax(jnp.asarray(scores), jnp.asarray(marks), visible)
+        got = jax.jit(grouped_softmax)(jnp.asarray(scores), jnp.asarray(marks), visible)
     assert_allclose(got, want, atol=1e-13)
     assert_allclose(want.sum(-1), 1.0, atol=1e-12)
 
@@ -67,13 +67,14 @@ def test_product_rule_of_equal_logits():
     """Own block of n tokens, e earlier blocks of m: 1 / (n + e) each, shared by m below a gate."""
     scores = jnp.zeros((1, 1, 11, 11))
     marks = jnp.arange(11) % 4 == 3
-    weights = grouped_softmax(scores, marks[None], jnp.tri(11, dtype=bool)[None, None])[0, 0, 10]
+    seen = jnp.tri(11, dtype=bool)[None, None]
+    weights = jax.jit(grouped_softmax)(scores, marks[None], seen)[0, 0, 10]
     want = np.array([1 / 15] * 3 + [0] + [1 / 15] * 3 + [0] + [1 / 5] * 3)
     assert_allclose(weights, want, rtol=1e-6)
 
 
 def test_scan_over_blocks_equals_the_definition():
-    """Several tiles, gradients, logits as large as 100."""
+    """Several tiles of keys, several of queries, gradients, logits as large as 100."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 2, 4)) * 3
     marks = (jnp.arange(300) % 7 == 6)[None]
 
@@ -112,19 +113,18 @@ def test_fetching_all_blocks_at_true_positions_is_training(select):
     """top_k >= blocks: any chunks, and rows of any length, give the outputs of the whole text."""
     module = LandmarkAttention(4, 16, num_kv_heads=2, block=3, rope_base=1e4, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 17, 16))
-    want = module(x)
+    want = jax.jit(module)(x)
     cache = module.init_retrieval(2, 6, 6, select=select, renumber=False)
     step = jax.jit(lambda x, cache, valid: module(x, cache=cache, valid=valid))
-    chunk = jnp.where(
-        jnp.arange(8)[None, :, None] < jnp.array([8, 5])[:, None, None], x[:, :8], 9.0
-    )
-    y, cache = step(chunk, cache, jnp.arange(8)[None] < jnp.array([[8], [5]]))
-    assert_allclose(y[0], want[0, :8], rtol=1e-4, atol=1e-5)
-    assert_allclose(y[1, :5], want[1, :5], rtol=1e-4, atol=1e-5)
-    for _ in range(9):
-        rows = jnp.arange(2)
-        y, cache = step(x[rows, cache.length][:, None], cache, None)
-        assert_allclose(y[:, 0], want[rows, cache.length - 1], rtol=1e-4, atol=1e-5)
+    place = jnp.arange(5)[None]
+    for count in ([5, 4], [5, 1], [5, 5], [1, 5], [1, 2]):
+        new = place < jnp.array(count)[:, None]
+        at = jnp.where(new, cache.length[:, None] + place, 0)
+        chunk = jnp.where(new[..., None], jnp.take_along_axis(x, at[..., None], 1), 9.0)
+        y, cache = step(chunk, cache, new)
+        rows, columns = jnp.nonzero(new)
+        assert_allclose(y[rows, columns], want[rows, at[rows, columns]], rtol=1e-4, atol=1e-5)
+    assert cache.length.tolist() == [17, 17]
 
 
 def test_retrieval_reads_top_k_blocks_only():
@@ -172,10 +172,14 @@ def test_bad_options():
     q = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="either block or is_landmark"):
         landmark_attention(q, q, q)
+    with pytest.raises(ValueError, match="segment_ids need is_landmark"):
+        landmark_attention(q, q, q, block=3, segment_ids=jnp.zeros((1, 4), jnp.int32))
     module = LandmarkAttention(2, 8, block=3, rngs=nnx.Rngs(0))
     x = jnp.zeros((1, 2, 8))
     with pytest.raises(NotImplementedError, match="is_landmark with a cache"):
         module(x, is_landmark=jnp.zeros((1, 2), bool), cache=module.init_cache(1, 4))
+    with pytest.raises(ValueError, match="is_landmark must be boolean of shape"):
+        module(x, is_landmark=jnp.zeros((1, 3), bool))
     with pytest.raises(NotImplementedError, match="positions with LandmarkCache"):
         cache = module.init_retrieval(1, 4, 1)
         module(x, positions=jnp.zeros((1, 2), jnp.int32), cache=cache)

@@ -53,11 +53,28 @@ def test_pattern_is_three_scans():
 
 
 @pytest.mark.parametrize(
-    "options", [{"sparse": "magic"}, {"placement": "top"}, {"full_fraction": 1.5}], ids=str
+    "options",
+    [{"sparse": "magic"}, {"placement": "top"}, {"full_fraction": 1.5}, {"stride": 0}],
+    ids=str,
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=str(next(iter(options)))):
         longgen_layers(6, **options)
+
+
+def test_bad_layers():
+    def make(**options):
+        return BlockStrideAttention(2, 8, rngs=nnx.Rngs(0), **options)
+
+    for options in ({"block": 0}, {"stride": 0}, {"local_blocks": 0}, {"stride": 2, "offset": 2}):
+        with pytest.raises(ValueError, match="BlockStrideAttention: needs block, stride"):
+            make(**options)
+    with pytest.raises(NotImplementedError, match="causal=False is not supported"):
+        make(causal=False)
+    with pytest.raises(ValueError, match="window=4 has no meaning"):
+        make(window=4)
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        layer_kinds(0)
 
 
 def test_block_layout_is_the_definition():
@@ -66,7 +83,8 @@ def test_block_layout_is_the_definition():
     i, j = np.arange(17)[:, None], np.arange(17)
     visible = (j <= i) & ((i // 2 - j // 2 < 2) | (j // 2 % 3 == 0))
     dense = MultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
-    assert_allclose(module(x), dense(x, mask=visible[None, None]), rtol=1e-5, atol=1e-6)
+    got, want = jax.jit(lambda x: (module(x), dense(x, mask=visible[None, None])))(x)
+    assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"stride": 1}, {"local_blocks": 99}], ids=str)
@@ -75,7 +93,8 @@ def test_reduces_to_dense(options):
     x = jax.random.normal(jax.random.key(0), (1, 17, 8))
     dense = MultiHeadAttention(2, 8, causal=True, rngs=nnx.Rngs(0))
     sparse = BlockStrideAttention(2, 8, rngs=nnx.Rngs(0), **sizes)
-    assert_allclose(sparse(x), dense(x), rtol=1e-5, atol=1e-6)
+    got, want = jax.jit(lambda x: (sparse(x), dense(x)))(x)
+    assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_of_the_paper():
@@ -156,4 +175,4 @@ def test_from_dense_refuses_other_weights():
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="other parameters"):
         from_dense(model)
-    assert jnp.isfinite(model(jnp.zeros((1, 3), jnp.int32))).all()
+    assert jnp.isfinite(jax.jit(lambda t: model(t))(jnp.zeros((1, 3), jnp.int32))).all()

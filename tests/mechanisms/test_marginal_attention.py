@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from attnjax.attention import attention
-from attnjax.masks import Causal
+from attnjax.masks import Causal, Chunked
 from attnjax.mechanisms.softmax.marginal_attention import (
     SPEC,
     connection_posterior,
@@ -65,15 +67,18 @@ def test_equals_sums_over_the_latent_variable(case):
         if likelihood == "gauss":
             options |= {"likelihood": "gaussian", "sigma": 0.7}
         evidence, p, entropy, read = naive(q, k, v, prior, {"dot": dot, "gauss": gauss}[likelihood])
-        q, k, v = map(jnp.asarray, (q, k, v))
-        got = connection_posterior(q, k, **options)
+
+        @jax.jit
+        def all_readouts(q, k, v):
+            read = functools.partial(marginal_attention, q, k, v, **options)
+            return connection_posterior(q, k, **options), read(), read(mode="map").output
+
+        got, soft, best = all_readouts(*map(jnp.asarray, (q, k, v)))
         assert_allclose(got.weights, p, **TIGHT)
         assert_allclose(got.entropy, entropy, **TIGHT)
         assert_allclose(got.log_marginal, evidence, **TIGHT)
-        soft = marginal_attention(q, k, v, **options)
         assert_allclose(soft.output, read, **TIGHT)
         assert_allclose(soft.log_marginal, evidence, **TIGHT)
-        best = marginal_attention(q, k, v, mode="map", **options).output
         chosen = np.take_along_axis(
             np.repeat(v, 2, 2).transpose(0, 2, 1, 3), p.argmax(-1)[..., None], axis=2
         )
@@ -82,8 +87,12 @@ def test_equals_sums_over_the_latent_variable(case):
 
 def test_uniform_prior_is_softmax_attention():
     q, k, v = map(jnp.float32, operands()[:3])
-    want, lse = attention(q, k, v, is_causal=True, return_residual=True)
-    got = marginal_attention(q, k, v, mask=Causal())
+    (want, lse), got = jax.jit(
+        lambda *qkv: (
+            attention(*qkv, is_causal=True, return_residual=True),
+            marginal_attention(*qkv, mask=Causal()),
+        )
+    )(q, k, v)
     assert_array_equal(got.output, want)
     degree = jnp.log(jnp.arange(1, 6, dtype=jnp.float32))[None, :, None]
     assert_allclose(got.log_marginal, lse - degree, rtol=1e-5, atol=1e-6)
@@ -96,15 +105,22 @@ def test_the_gradient_of_the_evidence_is_the_posterior():
     def evidence(log_prior):
         return marginal_attention(q, k, v, log_prior=log_prior).log_marginal.sum()
 
-    want = connection_posterior(q, k, log_prior=log_prior).weights
-    assert_allclose(jax.grad(evidence)(log_prior), want, rtol=1e-4, atol=1e-6)
-
     def read(q, **options):
         return marginal_attention(q, k, v, log_prior=log_prior, **options).output.sum()
 
-    soft = jax.grad(read)(q)
-    assert_allclose(jax.grad(read)(q, mode="map"), soft, rtol=1e-4, atol=1e-5)
-    assert not jax.grad(read)(q, mode="map", straight_through=False).any()
+    @jax.jit
+    def everything(q, log_prior):
+        slopes = [
+            jax.grad(functools.partial(read, **options))(q)
+            for options in ({}, {"mode": "map"}, {"mode": "map", "straight_through": False})
+        ]
+        want = connection_posterior(q, k, log_prior=log_prior).weights
+        return jax.grad(evidence)(log_prior), want, slopes
+
+    got, want, (soft, straight, chosen) = everything(q, log_prior)
+    assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert_allclose(straight, soft, rtol=1e-4, atol=1e-5)
+    assert not chosen.any()
 
 
 def test_samples_follow_the_posterior():
@@ -137,6 +153,9 @@ def test_repeated_readouts():
     a = a / a.sum(1, keepdims=True)
     want = np.einsum("bts,bsd->btd", a / a.sum(-1, keepdims=True), k[:, :, 0])
     assert_allclose(slot_steps(jnp.float32(q), jnp.float32(k))[0, :, :, 0], want, rtol=1e-5)
+    # a key that one query alone may explain is its own
+    alone = slot_steps(jnp.float32(q), jnp.float32(k[:, :3]), mask=Chunked(1))[0]
+    assert_allclose(alone, k[:, :3], rtol=1e-5)
 
 
 def test_a_query_without_possible_keys():

@@ -48,7 +48,8 @@ def test_without_prefix_it_is_multi_head_attention(module, key):
 
 def test_what_each_token_sees(module, key):
     x = jax.random.normal(key, (2, 9, 8))
-    _, seen = module(x, prefix_lengths=jnp.array([4, 6]), capture=("weights",))
+    call = jax.jit(functools.partial(module, capture=("weights",)))
+    _, seen = call(x, prefix_lengths=jnp.array([4, 6]))
     t, s = np.indices((9, 9))
     for row, n in enumerate((4, 6)):
         assert_array_equal(np.asarray(seen["weights"])[row, 0] > 0, (s <= t) | (s < n))
@@ -107,10 +108,15 @@ def test_bad_arguments(module, key):
     x = jax.random.normal(key, (2, 5, 8))
     with pytest.raises(ValueError, match="at least 0 tokens"):
         PrefixAttention(2, 8, prefix=-1, rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="PrefixAttention: causal=False"):
+        PrefixAttention(2, 8, causal=False, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\[batch\] = \(2,\)"):
         module(x, prefix_lengths=jnp.array([1]))
     with pytest.raises(ValueError, match="the prefix must come in one call"):
         module(x, prefix_lengths=jnp.array([3, 7]), cache=module.init_cache(2, 9))
+    fixed = PrefixAttention(2, 8, prefix=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the prefix must come in one call"):
+        fixed(x[:, :1], cache=fixed.init_cache(2, 9))
     with pytest.raises(NotImplementedError, match="segment_ids"):
         ids = jnp.zeros((2, 5), jnp.int32)
         module(x, prefix_lengths=jnp.array([3, 3]), segment_ids=ids)

@@ -24,11 +24,11 @@ def test_grid_by_the_formula(x):
     assert_allclose(stats.range, high - low, rtol=1e-6)
     step = ((high - low) / 255)[None, :, None, None]
     want = np.rint((a - low[None, :, None, None]) / step)
-    codes = mesa.mesa_quantize(x, stats)
+    codes = jax.jit(mesa.mesa_quantize)(x, stats)
     assert codes.dtype == jnp.uint8
     assert np.abs(np.asarray(codes, int) - want).max() <= 1
     assert (np.asarray(codes) == want).mean() > 0.99
-    error = np.abs(np.asarray(mesa.mesa_dequantize(codes, stats)) - a)
+    error = np.abs(np.asarray(jax.jit(mesa.mesa_dequantize)(codes, stats)) - a)
     assert (error <= 0.501 * step).all()
 
 
@@ -47,9 +47,9 @@ def test_stochastic_rounding_is_right_on_average():
 def test_values_out_of_range_are_clipped_and_flat_groups_are_exact():
     stats = QuantStats(jnp.array([2.0, 0.0]), jnp.array([-1.0, 3.0]))
     x = jnp.array([[[9.0, -9.0], [3.0, 3.0]]])
-    codes = mesa.mesa_quantize(x, stats)
+    codes = jax.jit(mesa.mesa_quantize)(x, stats)
     assert_array_equal(codes[0], [[255, 0], [0, 0]])
-    assert_allclose(mesa.mesa_dequantize(codes, stats)[0], [[1.0, -1.0], [3.0, 3.0]])
+    assert_allclose(jax.jit(mesa.mesa_dequantize)(codes, stats)[0], [[1.0, -1.0], [3.0, 3.0]])
 
 
 def test_running_ranges(x):
@@ -91,16 +91,15 @@ def test_gradients_are_exact_on_the_grid(key):
         (mesa.mesa_gelu, lambda x: jax.nn.gelu(x, approximate=False), (x,)),
         (mesa.mesa_layer_norm, norm, (x, row, row)),
     ]
-    for ours, plain, args in pairs:
 
-        @jax.jit
-        def both(*args, ours=ours, plain=plain):
-            results = [jax.vjp(f, *args) for f in (ours, plain)]
-            ct = jnp.cos(jnp.arange(results[1][0].size, dtype=jnp.float32))
-            ct = ct.reshape(results[1][0].shape)
-            return [(y, pull(ct)) for y, pull in results]
+    def both(ours, plain, args):
+        results = [jax.vjp(f, *args) for f in (ours, plain)]
+        ct = jnp.cos(jnp.arange(results[1][0].size, dtype=jnp.float32))
+        ct = ct.reshape(results[1][0].shape)
+        return [(y, pull(ct)) for y, pull in results]
 
-        (y, grads), (want, right) = both(*args)
+    results = jax.jit(lambda: [both(*pair) for pair in pairs])()
+    for (y, grads), (want, right) in results:
         assert_allclose(y, want, rtol=1e-5, atol=1e-5)
         for grad, other in zip(grads, right):
             assert_allclose(grad, other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
@@ -110,13 +109,18 @@ def test_softmax_gradient_uses_the_output_alone(key):
     """dx = y~ (dy - Σ y~ dy) of the dequantized output; hidden keys get exactly none."""
     scores = jax.random.normal(key, (1, 2, 5, 5))
     keep = jnp.tril(jnp.ones((1, 1, 5, 5), bool))
-    y, pull = jax.vjp(lambda s: mesa.mesa_softmax(s, keep), scores)
-    dy = jnp.cos(jnp.arange(50.0)).reshape(y.shape)
-    stats = QuantStats.measure(y, 1)
-    copy = np.where(keep, mesa.mesa_dequantize(mesa.mesa_quantize(y, stats), stats), 0)
-    want = copy * (np.asarray(dy) - (copy * np.asarray(dy)).sum(-1, keepdims=True))
-    assert_allclose(pull(dy)[0], want, rtol=1e-5, atol=1e-6)
-    assert_array_equal(np.where(keep, 0, pull(dy)[0]), 0)
+    dy = np.cos(np.arange(50, dtype=np.float32)).reshape(scores.shape)
+
+    @jax.jit
+    def run(scores):
+        y, pull = jax.vjp(lambda s: mesa.mesa_softmax(s, keep), scores)
+        stats = QuantStats.measure(y, 1)
+        return pull(jnp.asarray(dy))[0], mesa.mesa_dequantize(mesa.mesa_quantize(y, stats), stats)
+
+    got, copy = run(scores)
+    copy = np.where(keep, copy, 0)
+    assert_allclose(got, copy * (dy - (copy * dy).sum(-1, keepdims=True)), rtol=1e-5, atol=1e-6)
+    assert_array_equal(np.where(keep, 0, got), 0)
 
 
 def test_attention_is_exact_and_its_gradients_are_near(key):
@@ -141,7 +145,7 @@ def test_bytes_kept_for_the_gradient(key):
     """One byte for each number of q, k, v and the weights; plain attention keeps four."""
     q, k, v = (jax.random.normal(s, (2, 16, 4, 8)) for s in jax.random.split(key, 3))
     numbers = 3 * q.size + 2 * 4 * 16 * 16
-    kept = jax.tree.leaves(jax.vjp(mesa.mesa_attention, q, k, v)[1])
+    kept = jax.tree.leaves(jax.jit(lambda *a: jax.vjp(mesa.mesa_attention, *a)[1])(q, k, v))
     codes = sum(a.nbytes for a in kept if a.dtype == jnp.uint8)
     assert codes == numbers
     assert sum(a.nbytes for a in kept) - codes == 4 * 2 * 4 * 4  # α and β by head and tensor
@@ -157,9 +161,16 @@ def test_training_moves_the_ranges_and_evaluation_does_not(key):
         module = nnx.merge(graph, state)
         return module(x, deterministic=False), nnx.state(module)
 
+    @jax.jit
+    def evaluate(state, x):
+        module = nnx.merge(graph, state)
+        return [module(x), module(x, deterministic=True)], nnx.state(module)
+
     y, after = step(state, x)
-    assert_array_equal(module(x), module(x, deterministic=True))
-    assert_allclose(y, module(x), rtol=1e-5, atol=1e-6)
+    same, untouched = evaluate(state, x)
+    jax.tree.map(assert_array_equal, untouched, state)
+    assert_array_equal(*same)
+    assert_allclose(y, same[0], rtol=1e-5, atol=1e-6)
     for name in ("x", "query", "key", "value", "weights", "z"):
         assert (state[f"{name}_range"][...][0] < 0).all()
         assert (after[f"{name}_range"][...][0] > 0).all()
@@ -168,6 +179,27 @@ def test_training_moves_the_ranges_and_evaluation_does_not(key):
     assert_allclose(after["x_range"][...], want, rtol=1e-6)
     again = step(after, 2 * x)[1]["x_range"][...]
     assert_allclose(again, 1.1 * after["x_range"][...], rtol=1e-5)
+
+
+def test_without_running_ranges_it_holds_parameters_alone(key):
+    """Gradients are those of a fresh module, whose ranges are the arrays' own too."""
+    x = jax.random.normal(key, (2, 5, 8))
+    grads = []
+    for decay in (None, 0.9):
+        module = MesaAttention(2, 8, decay=decay, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        assert (decay is None) == (not jax.tree.leaves(rest))
+
+        @jax.jit
+        def run(params, graph=graph, rest=rest):
+            def loss(params):
+                module = nnx.merge(graph, params, rest, copy=True)
+                return (module(x, deterministic=False) ** 2).sum()
+
+            return jax.grad(loss)(params)
+
+        grads.append(run(params))
+    jax.tree.map(assert_array_equal, *grads)
 
 
 def test_bad_input():

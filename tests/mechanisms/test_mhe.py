@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,28 +43,32 @@ def test_equals_attention_with_expanded_heads(combine):
         data = operands()
         args = [jnp.asarray(a) for a in data]
 
-        def f(*args):
-            return mhe(*args, combine=combine, is_causal=True)
+        ct = np.cos(np.arange(2 * 7 * 4 * 3)).reshape(2, 7, 4, 3)
 
-        out, pull = jax.vjp(f, *args)
-        want, pull_naive = jax.vjp(lambda *a: naive(*a, combine, xp=jnp), *args)
+        @jax.jit
+        def run(*args):
+            ours = jax.vjp(lambda *a: mhe(*a, combine=combine, is_causal=True), *args)
+            plain = jax.vjp(lambda *a: naive(*a, combine, xp=jnp), *args)
+            return [(out, pull(jnp.asarray(ct))) for out, pull in (ours, plain)]
+
+        (out, grads), (want, others) = run(*args)
         assert_allclose(want, naive(*data, combine), rtol=1e-12)
         assert_allclose(out, want, rtol=1e-12, atol=1e-14)
-        ct = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
-        for got, grad in zip(pull(ct), pull_naive(ct), strict=True):
+        for got, grad in zip(grads, others, strict=True):
             assert_allclose(got, grad, rtol=1e-10, atol=1e-12)
         if combine == "add":  # q · e_k is constant along a row: it cancels, exactly here
-            assert not pull(ct)[3][1].any()
-            assert np.abs(pull_naive(ct)[3][1]).max() < 1e-13
+            assert not grads[3][1].any()
+            assert np.abs(others[3][1]).max() < 1e-13
             # e_v is added to the output as it is
-            assert_allclose(pull(ct)[3][2], ct.sum((0, 1)), rtol=1e-12)
+            assert_allclose(grads[3][2], ct.sum((0, 1)), rtol=1e-12)
 
 
 def test_without_embeddings_all_heads_are_one():
     q, k, v, e = (jnp.float32(a) for a in operands())
     for combine in ("add", "mul"):
-        out = mhe(q, k, v, jnp.zeros_like(e), combine=combine)
-        assert_allclose(out, jnp.broadcast_to(out[:, :, :1], out.shape), rtol=1e-6)
+        call = jax.jit(functools.partial(mhe, combine=combine))
+        out = np.asarray(call(q, k, v, jnp.zeros_like(e)))
+        assert_allclose(out, np.broadcast_to(out[:, :, :1], out.shape), rtol=1e-6)
     assert_allclose(expand(q, jnp.zeros_like(e[0])), jnp.repeat(q[:, :, None], 4, 2))
 
 
@@ -70,8 +76,8 @@ def test_a_row_without_keys_stays_zero():
     q, k, v, e = (jnp.float32(a) for a in operands())
     none = jnp.arange(7)[None, None, :, None] != 3
     for combine in ("add", "mul"):
-        out = mhe(q, k, v, e, combine=combine, mask=none)
-        assert_array_equal(out[:, 3], jnp.zeros_like(out[:, 3]))
+        out = np.asarray(jax.jit(functools.partial(mhe, combine=combine))(q, k, v, e, mask=none))
+        assert_array_equal(out[:, 3], np.zeros_like(out[:, 3]))
         assert np.abs(out[:, 2]).min() > 0
 
 
@@ -106,22 +112,27 @@ def test_edited_weights_reach_the_value_embeddings(combine):
     module.head_embeddings[...] = jax.random.normal(jax.random.key(3), (3, 2, 4))
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     half = Edits(weight_edit=lambda w: w / 2)
-    want = module(x)
-    assert_allclose(module(x, edits=half), want / 2, rtol=1e-5, atol=1e-6)
-    cache = module.init_cache(2, 6)
-    first, cache = module(x[:, :4], cache=cache, edits=half)
-    second, cache = module(x[:, 4:], cache=cache, edits=half)
-    assert_allclose(jnp.concatenate([first, second], 1), want / 2, rtol=1e-5, atol=1e-6)
+    call = jax.jit(module)
+    want = np.asarray(call(x)) / 2
+    assert_allclose(call(x, edits=half), want, rtol=1e-5, atol=1e-6)
+    cache, parts = module.init_cache(2, 6), []
+    for a, b in ((0, 3), (3, 6)):
+        y, cache = call(x[:, a:b], cache=cache, edits=half)
+        parts.append(y)
+    assert_allclose(np.concatenate(parts, 1), want, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input_is_named():
     q, k, v, e = (jnp.float32(a) for a in operands())
-    with pytest.raises(ValueError, match="embeddings"):
-        mhe(q, k, v, e[:, :, :2])
+    for wrong in ((q, k, v, e[:, :, :2]), (q, k, v[:, :, None], e)):
+        with pytest.raises(ValueError, match="embeddings"):
+            mhe(*wrong)
     with pytest.raises(ValueError, match="combine='times'"):
         mhe(q, k, v, e, combine="times")
     with pytest.raises(ValueError, match="combine='times'"):
         MHEAttention(2, 8, combine="times", rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="rope_base"):
         MHEAttention(2, 8, rope_base=1e4, rngs=nnx.Rngs(0))
-    assert mhe(q, k, v, e, mask=Causal()).shape == (2, 7, 4, 3)
+    with pytest.raises(NotImplementedError, match="MHEAttention: num_kv_heads=1"):
+        MHEAttention(2, 8, num_kv_heads=1, rngs=nnx.Rngs(0))
+    assert jax.eval_shape(lambda: mhe(q, k, v, e, mask=Causal())).shape == (2, 7, 4, 3)

@@ -17,6 +17,7 @@ from attnjax.mechanisms.memory.miras import (
     YAAD,
     Miras,
     MirasRule,
+    MirasState,
     memory_weights,
     miras,
 )
@@ -114,37 +115,68 @@ def test_yaad_without_threshold_is_the_delta_rule():
 
 def test_weights_stay_where_the_retention_keeps_them():
     (q, k, v, initial), gates = inputs(memory="matrix")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def last(rule):
+        raw = miras(q, k, v, initial, rule=rule, return_state=True, **gates)[1].raw
+        more = jax.tree.map(lambda a: 10 * a, raw)
+        return memory_weights(raw, rule)["matrix"], memory_weights(more, rule)["matrix"]
+
     for by_row in (False, True):
         rule = dataclasses.replace(MEMORA, total=3.0, by_row=by_row)
-        _, state = miras(q, k, v, initial, rule=rule, return_state=True, **gates)
-        weights = memory_weights(state.raw, rule)["matrix"]
+        weights = np.asarray(last(rule)[0])
         sums = weights.sum(-1) if by_row else weights.sum((-2, -1))
         assert (weights > 0).all()
-        assert_allclose(sums, jnp.full_like(sums, 3.0), rtol=1e-5)
-    _, state = miras(q, k, v, initial, rule=MONETA, return_state=True, **gates)
-    scaled = memory_weights(jax.tree.map(lambda a: 10 * a, state.raw), MONETA)["matrix"]
-    want = memory_weights(state.raw, MONETA)["matrix"]  # homogeneous of degree 1 - (q - 2)
+        assert_allclose(sums, np.full_like(sums, 3.0), rtol=1e-5)
+    want, scaled = last(MONETA)  # homogeneous of degree 1 - (q - 2)
     assert_allclose(10 * scaled, want, rtol=1e-4)
     empty = memory_weights({"matrix": jnp.zeros((2, 2))}, MONETA)["matrix"]
     assert not np.any(empty)
 
 
 @pytest.mark.parametrize(
+    "rule",
+    [dataclasses.replace(MONETA, norm="chunk"), MEMORA],
+    ids=["moneta by chunk", "memora"],
+)
+def test_states_go_on_inside_chunks(rule):
+    """Pieces of up to 5 real tokens in chunks of 4: every row of the batch cuts elsewhere."""
+    with jax.enable_x64(True):
+        (q, k, v, initial), gates = inputs(t=13, gates="head")
+        call = functools.partial(miras, initial=initial, rule=rule, chunk_size=4)
+        run = jax.jit(lambda q, k, v, **options: call(q, k, v, return_state=True, **options))
+        want, last = run(q, k, v, **gates)
+        seen, outputs = np.zeros(2, int), np.zeros(want.shape)
+        state = MirasState(*(jax.tree.map(jnp.zeros_like, x) for x in last))
+        rows = np.arange(2)[:, None]
+        for count in ([5, 2], [3, 5], [5, 1], [0, 5]):
+            at = seen[:, None] + np.arange(5)
+            index = np.minimum(at, 12)
+            part = [x[rows, index] for x in (q, k, v)]
+            given = {name: x[rows, index] for name, x in gates.items()}
+            valid = np.arange(5) < np.array(count)[:, None]
+            out, state = run(*part, **given, valid=jnp.asarray(valid), state=state)
+            outputs[np.nonzero(valid)[0], at[valid]] = np.asarray(out)[valid]
+            seen += count
+        assert_allclose(outputs, want, rtol=1e-9, atol=1e-9)
+        jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-9, atol=1e-9), state, last)
+
+
+@pytest.mark.parametrize(
     "options",
     [
-        {"variant": "yaad", "memory": "matrix", "gate_rank": None},
-        {"variant": "memora", "conv_width": 1},
-        {"variant": "moneta", "norm": "chunk", "rope_base": 1e4},
+        {"variant": "yaad", "memory": "matrix", "gate_rank": None, "rope_base": 1e4},
+        {"variant": "memora", "conv_size": None},
     ],
     ids=str,
 )
 def test_variants_decode(options):
     module = Miras(2, 8, chunk_size=4, rngs=nnx.Rngs(0), **options)
-    x = jax.random.normal(jax.random.key(0), (2, 9, 8))
+    x = jax.random.normal(jax.random.key(0), (2, 12, 8))
     call = jax.jit(lambda x, cache=None: module(x, cache=cache))
     want, outputs = call(x), []
-    cache = module.init_cache(2, 9)
-    for part in (x[:, :3], x[:, 3:6], x[:, 6:]):
+    cache = module.init_cache(2, 12)
+    for part in (x[:, :6], x[:, 6:]):  # a chunk of 4 goes on from one to the next
         y, cache = call(part, cache)
         outputs.append(y)
     assert_allclose(jnp.concatenate(outputs, 1), want, rtol=1e-4, atol=1e-5)
@@ -156,6 +188,9 @@ def test_variants_decode(options):
         ({"variant": "titan"}, ValueError, "variant"),
         ({"memory": "tree"}, ValueError, "memory"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),
+        ({"expansion": 0}, ValueError, "expansion"),
+        ({"conv_size": 0}, ValueError, "width=0"),
+        ({"value_factor": 2.0}, NotImplementedError, "value_factor"),
         ({"dropout_rate": 0.1}, NotImplementedError, "dropout"),
         ({"q": 1.0}, ValueError, "q >= 2"),
         ({"causal": False}, NotImplementedError, "causal"),
@@ -173,5 +208,8 @@ def test_bad_shapes():
         miras(q, k, v, {"up": jnp.zeros((2, 6, 4)), "down": jnp.zeros((2, 4, 6))}, **gates)
     with pytest.raises(ValueError, match="'matrix', or 'up' and 'down'"):
         miras(q, k, v, {"left": initial["up"]}, **gates)
+    with pytest.raises(ValueError, match="segment_ids with a state"):
+        _, state = miras(q, k, v, initial, return_state=True, **gates)
+        miras(q, k, v, initial, segment_ids=jnp.zeros((2, 11), int), state=state, **gates)
     with pytest.raises(ValueError, match="alpha must have shape"):
         miras(q, k, v, initial, alpha=jnp.ones((2, 3)), eta=gates["eta"])

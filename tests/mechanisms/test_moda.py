@@ -95,8 +95,9 @@ def test_patterns(key):
 
 
 def test_alignment_is_the_running_gram_matrix(key):
-    x = np.asarray(jax.random.normal(key, (1, T, 3)))
-    got, (sums, counts) = jax.jit(functools.partial(gram_align, num_modalities=2))(x, JIDS)
+    given = jax.random.normal(key, (1, T, 3))
+    got, (sums, counts) = jax.jit(functools.partial(gram_align, num_modalities=2))(given, JIDS)
+    x = np.asarray(given)
     unit = x[0] / np.linalg.norm(x[0], axis=1, keepdims=True)
     for j in range(T):
         for a in (0, 1):
@@ -105,14 +106,24 @@ def test_alignment_is_the_running_gram_matrix(key):
             want = x[0, j] if a == IDS[j] or not len(seen) else x[0, j] @ gram
             assert_allclose(got[0, j, a], want, rtol=1e-4, atol=1e-5)
     assert counts.tolist() == [[6, 4]]
-    whole, _ = gram_align(x, JIDS, 2, causal=False)
+    call = jax.jit(functools.partial(gram_align, num_modalities=2, causal=False))
+    whole, _ = call(given, JIDS)
     # traces: N unit vectors, so the mean has trace 1
-    assert_allclose(jnp.trace(sums[0], axis1=1, axis2=2), [6, 4], rtol=1e-5)
+    assert_allclose(np.trace(sums[0], axis1=1, axis2=2), [6, 4], rtol=1e-5)
     assert_allclose(whole[0, -1, 1], x[0, -1] @ np.asarray(sums[0, 1]) / 4, rtol=1e-4, atol=1e-5)
-    soft, _ = gram_align(x, JIDS, 2, causal=False, normalization="softmax")
-    assert np.isfinite(soft).all()
+    soft, _ = jax.jit(
+        functools.partial(
+            gram_align, num_modalities=2, causal=False, normalization="softmax",
+            valid=jnp.asarray(IDS[None] >= 0),
+        )
+    )(given, JIDS)  # fmt: skip
+    for a in (0, 1):
+        mine = x[0, IDS == a]
+        gram = np.exp(mine.T @ mine / len(mine))
+        want = x[0] @ (gram / gram.sum(-1, keepdims=True))
+        assert_allclose(soft[0, IDS != a, a], want[IDS != a], rtol=1e-4, atol=1e-5)
     with pytest.raises(NotImplementedError, match="needs all tokens"):
-        gram_align(x, JIDS, 2, normalization="softmax")
+        gram_align(given, JIDS, 2, normalization="softmax")
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "joint", "align": "none"}], ids=str)
@@ -137,11 +148,11 @@ def test_decoding_a_mixed_sequence(key, align):
     ids = jnp.broadcast_to(jnp.array([[0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]), (2, T))
     call = jax.jit(module)
     want, cache, outputs = call(x, modality_ids=ids), module.init_cache(2, T + 1), []
-    for start, stop in ((0, 1), (1, 2), (2, 6), (6, 7), (7, 8), (8, T)):
+    for start, stop in ((0, 1), (1, 2), (2, 6), *((t, t + 1) for t in range(6, T))):
         options = {"modality_ids": ids[:, start:stop]} if stop == 6 else {}
         y, cache = call(x[:, start:stop], cache=cache, **options)
         outputs.append(y)
-    assert_allclose(jnp.concatenate(outputs, 1), want, rtol=1e-5, atol=1e-5)
+    assert_allclose(np.concatenate(outputs, 1), want, rtol=1e-5, atol=1e-5)
     # only image tokens see later ones, of the image
     for changed, first in ((5, 2), (7, 7)):
         y = call(x.at[:, changed].add(1.0), modality_ids=ids)
@@ -162,5 +173,10 @@ def test_bad_arguments(key):
     ids = jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ValueError, match="modality_ids must have shape"):
         module(x, modality_ids=ids[:, :3])
+    with pytest.raises(ValueError, match=r"in 0 .. 1, .* got 0 .. 2"):
+        module(x, modality_ids=ids.at[0, 3].set(2))
     with pytest.raises(NotImplementedError, match="segment_ids with modality_ids"):
         module(x, modality_ids=ids, segment_ids=ids)
+    full = ModularDuplexAttention(2, 8, patterns=(("full", "full"),) * 2, rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="patterns.0..0.='full' and causal=True"):
+        full(x, segment_ids=ids)

@@ -177,7 +177,7 @@ def test_skipped_heads_change_nothing_and_cost_nothing(key):
 def test_skipping_refuses_what_needs_all_heads(key):
     module = MoHAttention(4, 8, skip_heads=True, rngs=nnx.Rngs(0))
     cache = module.init_cache(1, 4)
-    with pytest.raises(NotImplementedError, match="capture of scores"):
+    with pytest.raises(NotImplementedError, match="capture='scores' with skip_heads=True"):
         module(jnp.ones((1, 1, 8)), cache=cache, capture="scores")
 
 
@@ -189,6 +189,8 @@ def test_skipping_refuses_what_needs_all_heads(key):
         (dict(router="hash"), "router must be one of"),
         (dict(normalize="none"), "normalize must be one of"),
         (dict(num_shared=3, top_k=1, router="norm"), "at least 2 routed heads"),
+        (dict(router="norm", normalize="paper"), "normalize='paper' has no meaning"),
+        (dict(straight_through=True), "straight_through=True is for router='norm'"),
     ],
 )
 def test_bad_options(options, match):

@@ -81,13 +81,24 @@ def test_equals_the_definition_and_so_do_its_tiles(sizes):
 def test_tiles_leave_out_rows_without_keys_and_count_queries_from_the_offset():
     q, k, v, network = jax.tree.map(jnp.float32, operands(t=3, s=8))
     whole = jnp.zeros((2, 8, 2, 3)).at[:, 5:].set(q)
-    want = neural_attention(whole, k, v, network, mask=Window(3))[:, 5:]
-    for start in (5, jnp.array([5, 5])):
-        got = neural_attention(q, k, v, network, mask=Window(3), q_offset=start, chunk_size=2)
-        assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     none = jnp.zeros((1, 1, 3, 8), bool)
-    grad = jax.grad(lambda k: neural_attention(q, k, v, network, mask=none, chunk_size=2).sum())(k)
-    assert not grad.any()
+
+    @jax.jit
+    def run(k):
+        want = neural_attention(whole, k, v, network, mask=Window(3))[:, 5:]
+        tiled = [
+            neural_attention(q, k, v, network, mask=Window(3), q_offset=start, chunk_size=2)
+            for start in (5, jnp.array([5, 5]))
+        ]
+        hidden = jax.value_and_grad(
+            lambda k: (neural_attention(q, k, v, network, mask=none, chunk_size=2) ** 2).sum()
+        )
+        return want, tiled, hidden(k)
+
+    want, tiled, (nothing, grad) = run(k)
+    for got in tiled:
+        assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert nothing == 0 and not grad.any()
 
 
 def test_memory_of_tiles_does_not_grow_with_the_square_of_the_length():
@@ -108,7 +119,7 @@ def test_memory_of_tiles_does_not_grow_with_the_square_of_the_length():
 def test_a_last_layer_of_zeros_gives_the_mean_of_the_visible_values():
     q, k, v, network = jax.tree.map(jnp.float32, operands())
     network[-1] = (jnp.zeros_like(network[-1][0]), network[-1][1])
-    got = neural_attention(q, k, v, network, mask=Causal())
+    got = jax.jit(lambda *a: neural_attention(*a, mask=Causal()))(q, k, v, network)
     count = jnp.arange(1, 8, dtype=jnp.float32)[None, :, None, None]
     assert_allclose(got, jnp.cumsum(v, 1) / count, rtol=1e-5, atol=1e-6)
 
@@ -135,16 +146,17 @@ def test_defaults_are_those_of_the_code_and_the_cache_holds_narrow_keys():
 def test_edits_and_captures_see_the_same_attention():
     module = NeuralAttention(2, 8, projection_dim=4, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
-    y, captured = module(x, capture=("scores", "weights", "v", "z"))
-    assert_allclose(y, module(x), rtol=1e-5, atol=1e-6)
-    z = jnp.einsum("bhts,bshd->bthd", captured["weights"], captured["v"])
+    call = jax.jit(module)
+    y, captured = jax.jit(lambda x: module(x, capture=("scores", "weights", "v", "z")))(x)
+    assert_allclose(y, call(x), rtol=1e-5, atol=1e-6)
+    z = np.einsum("bhts,bshd->bthd", captured["weights"], captured["v"])
     assert_allclose(z, captured["z"], rtol=1e-5, atol=1e-6)
     kept = jnp.arange(6)[None].repeat(2, 0) != 2
-    got = module(x, edits=Edits(key_mask=kept))
-    want = module(x, mask=kept[:, None, None])
+    got = call(x, edits=Edits(key_mask=kept))
+    want = call(x, mask=kept[:, None, None])
     assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     bias = jnp.where(kept, 0.0, -1e9)[:, None, None]
-    got = module(x, edits=Edits(score_bias=bias))
+    got = call(x, edits=Edits(score_bias=bias))
     assert_allclose(got[:, 3:], want[:, 3:], rtol=1e-4, atol=1e-6)
 
 

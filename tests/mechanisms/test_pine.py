@@ -128,14 +128,14 @@ def test_order_of_documents_does_not_matter(call, key):
 
 def test_two_documents_see_each_other_just_before_themselves(key):
     q, k = jax.random.normal(key, (2, 1, 9, 1, 4))
-    shifts = document_shifts(q, k, Documents.create(1, [3, 4]))[0, :, 0]
+    shifts = jax.jit(document_shifts)(q, k, Documents.create(1, [3, 4]))[0, :, 0]
     assert_array_equal(shifts[1:4], [[0, 3]] * 3)
     assert_array_equal(shifts[4:8], [[4, 0]] * 4)
 
 
 def test_importance_of_a_document_is_shared_by_its_tokens(key):
     q, k = jax.random.normal(key, (2, 1, T, 2, 4))
-    got = np.asarray(document_importance(q, k, Documents.create(PREFIX, LENGTHS)))[0]
+    got = np.asarray(jax.jit(document_importance)(q, k, Documents.create(PREFIX, LENGTHS)))[0]
     assert_array_equal(got[2:6], np.broadcast_to(got[2:3], (4, 2, 4)))
     assert np.isposinf(got[2:6, :, 0]).all() and np.isfinite(got[12:]).all()
     # after the documents, shares by token add up to 1
@@ -198,5 +198,15 @@ def test_bad_arguments(module, key):
         module(x, documents=many, cache=module.init_cache(2, T))
     with pytest.raises(NotImplementedError, match="segment_ids with documents"):
         module(x, documents=documents, segment_ids=jnp.zeros((2, T), jnp.int32))
+    at = jnp.zeros((2, T), jnp.int32)
+    for options in ({"documents": documents}, {"cache": module.init_cache(2, T)}):
+        with pytest.raises(NotImplementedError, match="positions with (documents|a cache)"):
+            module(x, positions=at, **options)
+    with pytest.raises(TypeError, match="unknown argument document; further .* are documents"):
+        module(x, document=documents)
+    with pytest.raises(NotImplementedError, match="PineAttention: dropout_rate=0.1"):
+        PineAttention(2, 8, dropout_rate=0.1, rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="PineAttention: causal=False is not supported"):
+        PineAttention(2, 8, causal=False, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rope_base=None"):
         PineAttention(2, 8, rope_base=None, rngs=nnx.Rngs(0))

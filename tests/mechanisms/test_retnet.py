@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from attnjax.mechanisms.linear.lightning_attention import lightning_attention
 from attnjax.mechanisms.linear.retnet import MultiScaleRetention, retention, retention_decay
-from tests.linear.naive_layers import output, project, rms, run, silu
+from tests.linear.naive_layers import both, output, project, rms, run, silu
 
 GAMMA = 1 - 2.0 ** (-5 - np.arange(3))
 
@@ -60,10 +60,9 @@ def test_gradients():
             decay = jnp.tril(jnp.asarray(GAMMA)[:, None, None] ** (t[:, None] - t[None])[None])
             return jnp.einsum("bnhd,bmhd,hnm,bmhe->bnhe", q, k, decay, v) / 2
 
-        got, pull = jax.vjp(retention, q, k, v)
-        want, want_pull = jax.vjp(naive, q, k, v)
-        assert_allclose(got, want, atol=1e-13)
-        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-12), pull(ct), want_pull(ct))
+        got, want = (both(f, (q, k, v), ct) for f in (retention, naive))
+        assert_allclose(got[0], want[0], atol=1e-13)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-12), got[1], want[1])
 
 
 def test_decays():

@@ -69,8 +69,9 @@ def test_module_is_the_definition_and_decodes_by_phase():
         8, 16, num_kv_heads=4, rope_base=1e4, use_bias=False, rngs=nnx.Rngs(0)
     )
     x = jax.random.normal(jax.random.key(0), (2, 29, 16))
-    want = dense(x, mask=jnp.asarray(naive(8, 4, 29, 2, 2, 3, dense=1, step=1))[None])
-    assert_allclose(module(x), want, rtol=1e-4, atol=1e-5)
+    mask = jnp.asarray(naive(8, 4, 29, 2, 2, 3, dense=1, step=1))[None]
+    got, want = jax.jit(lambda x: (module(x), dense(x, mask=mask)))(x)
+    assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     cache = module.init_cache(2, 30)
     assert isinstance(cache, S2Cache)
     assert [type(p).__name__ for p in cache.parts] == ["StridedCache"] * 3 + ["DenseCache"]
@@ -135,7 +136,8 @@ def test_reduces_to_dense(options, causal):
     module = S2Attention(4, 8, causal=causal, rngs=nnx.Rngs(0), **sizes)
     dense = MultiHeadAttention(4, 8, causal=causal, use_bias=False, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 13, 8))
-    assert_allclose(module(x), dense(x), rtol=1e-4, atol=1e-5)
+    got, want = jax.jit(lambda x: (module(x), dense(x)))(x)
+    assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_one_phase_is_longgen():
@@ -151,6 +153,12 @@ def test_bidirectional_counts_from_the_band():
     beyond = np.maximum(np.abs(i - j) - 1, 0)
     assert_array_equal(layout[0], beyond % 3 == 0)
     assert layout.shape[0] == 1 and not is_cache_efficient(layout)
+    # a module with bands of other lengths to the left and to the right
+    sizes = dict(block=2, local_blocks=(1, 3), stride=4)
+    module = S2Attention(2, 8, causal=False, **sizes, rngs=nnx.Rngs(0))
+    i, j = i // 2, j // 2
+    seen = (np.maximum(i - j, 0) + np.maximum(j - i - 2, 0)) % 4 == 0
+    assert_array_equal(module.layout(12).dense(12)[0, 0], seen)
 
 
 def test_rows_of_a_part():
@@ -181,8 +189,20 @@ def test_bad_options(options, message):
         S2Attention(4, 8, **{"stride": 2, **options}, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         local_stride_layout(4, 16, **{"stride": 2, **options})
+
+
+def test_bad_calls():
     with pytest.raises(ValueError, match="multiples of block"):
         local_stride_layout(4, 16, q_start=3, block=2)
+    with pytest.raises(ValueError, match="length=0"):
+        local_stride_layout(4, 0)
+    for options in ({"step": 1}, {"offset": 1}, {"homo": True}):
+        with pytest.raises(ValueError, match="no meaning with causal=False"):
+            S2Attention(4, 8, causal=False, **options, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must be one number with causal=True"):
+        S2Attention(4, 8, local_blocks=(1, 2), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="layout needs the length"):
+        S2Attention(4, 8, causal=False, rngs=nnx.Rngs(0)).layout()
 
 
 def test_a_cache_of_some_keys_refuses_edits():

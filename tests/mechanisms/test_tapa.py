@@ -1,5 +1,7 @@
 """TAPA against its definition in NumPy, and what its parameters do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,8 @@ def test_equals_the_definition(arrays, theta, causal):
     a = int(theta * D)
     with jax.enable_x64(True):
         mask = Causal().dense(T, T) if causal else None
-        out = tapa_attention(*map(jnp.asarray, arrays), mask=mask, theta=theta, alpha=0.3)
+        call = jax.jit(functools.partial(tapa_attention, mask=mask, theta=theta, alpha=0.3))
+        out = np.asarray(call(*map(jnp.asarray, arrays)))
     for b, h in np.ndindex(2, 4):
         one, two = q[b, :, h], k[b, :, h // 2]
         distance = np.abs(np.subtract.outer(np.arange(T), np.arange(T))) ** 0.3
@@ -39,18 +42,23 @@ def test_equals_the_definition(arrays, theta, causal):
 
 def test_without_phase_it_is_attention_on_the_amplitude(arrays):
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)
-    want = attention(q[..., :4], k[..., :4], v)
-    still = q.at[..., 4:].set(0.0)
-    assert_allclose(tapa_attention(still, k, v, alpha=0.7), want, rtol=1e-5, atol=1e-6)
-    assert_allclose(tapa_attention(q, k, v, theta=1.0), attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def run(q, k, v):
+        still = tapa_attention(q.at[..., 4:].set(0.0), k, v, alpha=0.7)
+        pairs = (still, attention(q[..., :4], k[..., :4], v))
+        return pairs, (tapa_attention(q, k, v, theta=1.0), attention(q, k, v))
+
+    for got, want in run(q, k, v):
+        assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_the_diagonal_is_the_plain_product_and_scores_are_bounded_by_it(arrays, alpha):
     q, k, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
     distance = (jnp.arange(T)[:, None] - jnp.arange(T)[None])[None]
-    scores = tapa_scores(q, k, distance, alpha=alpha)
-    plain = tapa_scores(q, k, 0 * distance, alpha=alpha)
+    call = jax.jit(functools.partial(tapa_scores, alpha=alpha))
+    scores, plain = (np.asarray(call(q, k, d)) for d in (distance, 0 * distance))
     diagonal = np.arange(T)
     assert_allclose(scores[..., diagonal, diagonal], plain[..., diagonal, diagonal], rtol=1e-6)
     assert (np.abs(scores) <= np.abs(plain) + 1e-6).all()
@@ -60,18 +68,21 @@ def test_the_diagonal_is_the_plain_product_and_scores_are_bounded_by_it(arrays, 
 def test_positions_matter_through_their_distance_alone(arrays):
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)
     at = jnp.asarray([[0, 1, 2, 5, 6, 7, 30, 31, 40]])
-    options = dict(alpha=0.4)
-    got = tapa_attention(q, k, v, positions=at + 100, key_positions=at + 100, **options)
-    want = tapa_attention(q, k, v, positions=at, key_positions=at, **options)
-    assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    assert np.abs(want - tapa_attention(q, k, v, **options)).max() > 1e-3
+
+    @jax.jit
+    def call(at):
+        return tapa_attention(q, k, v, positions=at, key_positions=at, alpha=0.4)
+
+    want = call(at)
+    assert_allclose(call(at + 100), want, rtol=1e-5, atol=1e-5)
+    assert np.abs(want - call(jnp.arange(T)[None])).max() > 1e-3
 
 
 def test_cached_positions_are_exact_in_bfloat16():
     module = TAPA(1, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     cache = module.init_cache(1, 4)
     x = jnp.ones((1, 1, 4), jnp.bfloat16)
-    _, cache = module(x, cache=cache, positions=jnp.asarray([[100_003]]))
+    _, cache = jax.jit(module)(x, cache=cache, positions=jnp.asarray([[100_003]]))
     assert int(cache.tokens["position"][0, 0]) == 100_003
 
 

@@ -37,7 +37,8 @@ def test_equals_the_definition(causal):
     r, u, beta = rng.normal(size=(n, H, D)), rng.normal(size=(H, D)), rng.normal(size=(n, H))
     with jax.enable_x64(True):
         q_, k_, v_, r_, u_, beta_ = map(jnp.asarray, (q, k, v, r, u, beta))
-        got = transformer_xl_attention(q_, k_, v_, r_, content_bias=u_, relative_bias=beta_)
+        call = jax.jit(transformer_xl_attention)
+        got = call(q_, k_, v_, r_, content_bias=u_, relative_bias=beta_)
     for b, h, i in np.ndindex(2, H, T):
         seen = range(i + S - T + 1 if causal else S)
         row = [S - 1 - (i + S - T - j) for j in seen]  # of the distance i + M - j
@@ -48,8 +49,13 @@ def test_equals_the_definition(causal):
 
 def test_without_biases_and_distances_it_is_plain_attention():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, S, H, D))
-    got = transformer_xl_attention(q, k, v, jnp.zeros((S, H, D)))
-    assert_allclose(got, attention(q, k, v, is_causal=True), rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def run(q, k, v):
+        got = transformer_xl_attention(q[:, S - T :], k, v, jnp.zeros((S, H, D)))
+        return got, attention(q, k, v, is_causal=True)[:, S - T :]
+
+    assert_allclose(*run(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("t", "s", "n"), [(3, 5, 5), (3, 5, 7), (1, 4, 4), (1, 1, 1), (4, 4, 7)])
@@ -83,15 +89,25 @@ def test_segments_with_memory_give_the_outputs_of_the_whole_text(options):
         y, memory = run(part, memory)
         outputs.append(y)
     assert_array_equal(memory, x)
-    assert_allclose(jnp.concatenate(outputs, 1), module(x), rtol=1e-5, atol=1e-5)
+    assert_allclose(np.concatenate(outputs, 1), jax.jit(module)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_memory_gets_no_gradient_and_keeps_its_length():
     module = make()
     x, memory = jax.random.normal(jax.random.key(9), (2, 1, 5, H * D))
-    grad = jax.grad(lambda m: (module.segment(x, m)[0] ** 2).sum())(memory)
-    assert_array_equal(grad, jnp.zeros_like(grad))
-    assert_array_equal(module.segment(x[:, :2], memory)[1], next_memory(memory, x[:, :2], 5))
+
+    @jax.jit
+    def run(x, memory):
+        def loss(x, memory):
+            y, after = module.segment(x, memory)
+            return (y**2).sum(), after
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, memory)
+
+    (of_x, of_memory), after = run(x[:, :2], memory)
+    assert_array_equal(of_memory, np.zeros_like(of_memory))
+    assert np.abs(of_x).min() > 0
+    assert_array_equal(after, next_memory(memory, x[:, :2], 5))
     assert next_memory(memory, x, 0).shape == (1, 0, H * D)
 
 
@@ -100,7 +116,7 @@ def test_official_blocks_and_shared_biases():
     second = make(biases=(first.content_bias, first.position_bias))
     assert second.content_bias is first.content_bias
     x = jax.random.normal(jax.random.key(9), (1, 5, H * D))
-    y = first(x)
+    y = np.asarray(jax.jit(first)(x))
     assert_allclose(y.mean(-1), 0.0, atol=1e-5)
     assert_allclose(y.var(-1), 1.0, rtol=1e-3)
 
@@ -108,8 +124,8 @@ def test_official_blocks_and_shared_biases():
 def test_bidirectional_learned_tables_use_both_signs():
     module = make(encoding="learned", max_distance=6, causal=False)
     x = jnp.zeros((1, 5, H * D))
-    scores = module(x, capture=("scores",))[1]["scores"][0]
-    table = module.table_bias[...] * D**-0.5
+    scores = jax.jit(lambda x: module(x, capture=("scores",)))(x)[1]["scores"][0]
+    table, scores = np.asarray(module.table_bias[...]) * D**-0.5, np.asarray(scores)
     for i, j in np.ndindex(5, 5):
         assert_allclose(scores[:, i, j], table[6 + j - i], rtol=1e-5)
 
@@ -125,13 +141,22 @@ def test_bad_options_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             TransformerXLAttention(H, H * D, rngs=rngs, **options)
+    with pytest.raises(NotImplementedError, match="TransformerXLAttention: num_kv_heads=1"):
+        TransformerXLAttention(H, H * D, num_kv_heads=1, rngs=rngs)
     with pytest.raises(ValueError, match="need an even width, got 3"):
         TransformerXLAttention(1, 3, rngs=rngs)
     module, x = make(encoding="learned", max_distance=4), jnp.zeros((1, 6, H * D))
     with pytest.raises(ValueError, match="max_distance=5"):
         module(x)
-    with pytest.raises(NotImplementedError, match="segment_ids with a memory"):
-        module.segment(x[:, :2], x[:, :2], segment_ids=jnp.zeros((1, 2), jnp.int32))
+    for options in (
+        dict(segment_ids=jnp.zeros((1, 2), jnp.int32)),
+        dict(valid=jnp.ones((1, 2), bool)),
+        dict(cache=module.init_cache(1, 4)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(options))} is not supported"):
+            module.segment(x[:, :2], None, **options)
+    with pytest.raises(ValueError, match=r"\[1, m, 8\], got \(2, 2, 8\)"):
+        module.segment(x[:, :2], jnp.zeros((2, 2, 8)))
     q = jnp.zeros((1, 3, 1, 4))
     with pytest.raises(ValueError, match="relative must have shape"):
         transformer_xl_attention(q, q, q, jnp.zeros((4, 1, 4)))

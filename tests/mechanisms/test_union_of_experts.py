@@ -133,6 +133,22 @@ def test_decoding_with_capacity_and_documents_with_capacity(key):
     assert_allclose(packed[:, 4:], call(state, x[:, 4:]), rtol=1e-5, atol=1e-6)
 
 
+def test_dropout_acts_on_weights_with_and_without_a_cache(key):
+    x = jax.random.normal(key, (2, 6, 8))
+    module = SelectiveMultiHeadAttention(4, 8, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    cache = module.init_cache(2, 6)
+
+    @jax.jit
+    def run(x, key):
+        still, _ = module(x, cache=cache, deterministic=True)
+        options = {"deterministic": False, "dropout_rng": key}
+        return still, module(x, **options), module(x, cache=cache, **options)[0]
+
+    still, whole, cached = run(x, key)
+    assert np.abs(whole - still).max() > 1e-3
+    assert np.abs(cached - still).max() > 1e-3
+
+
 def test_mlp(key):
     """All experts and a router of zeros: the whole MLP. Capacity for all: the same as None."""
     x = jax.random.normal(key, (2, 5, 8))
@@ -141,17 +157,22 @@ def test_mlp(key):
     module.route.kernel[...] = jnp.zeros_like(learned)
     up, down = (p.kernel[...] for p in (module.up, module.down))
     want = jax.nn.gelu(x @ up.reshape(8, 16)) @ down.reshape(16, 8)
-    assert_allclose(module(x), want, rtol=1e-5, atol=1e-6)
+    assert_allclose(jax.jit(lambda x: module(x))(x), want, rtol=1e-5, atol=1e-6)
     module.route.kernel[...], module.top_k = learned, 2
-    every = module(x)
-    gates, chosen = selective_gates(module.route(x), 2)
-    parts = jnp.einsum("btem,emc->btec", jnp.ones((2, 5, 4, 8)) * x[:, :, None], up.swapaxes(0, 1))
-    parts = jnp.einsum("btec,ecm->btem", jax.nn.gelu(parts), down)
-    assert_allclose(every, (parts * gates[..., None]).sum(2), rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def of_experts(x):
+        gates, chosen = selective_gates(module.route(x), 2)
+        parts = jnp.einsum("btm,mec->btec", x, up)
+        parts = jnp.einsum("btec,ecm->btem", jax.nn.gelu(parts), down) * gates[..., None]
+        taken = chosen & (jnp.cumsum(chosen.astype(jnp.int32), 1) <= 2)
+        return parts.sum(2), jnp.where(taken[..., None], parts, 0).sum(2)
+
+    every, first = of_experts(x)
+    assert_allclose(jax.jit(lambda x: module(x))(x), every, rtol=1e-4, atol=1e-5)
     module.capacity = 2
-    taken = chosen & (jnp.cumsum(chosen.astype(jnp.int32), 1) <= 2)
-    want = jnp.where(taken[..., None], parts * gates[..., None], 0).sum(2)
-    assert_allclose(module(x), want, rtol=1e-4, atol=1e-5)
+    assert_allclose(jax.jit(lambda x: module(x))(x), first, rtol=1e-4, atol=1e-5)
+    assert np.abs(every - first).max() > 1e-3
 
 
 def test_bad_input(parts):
@@ -163,6 +184,10 @@ def test_bad_input(parts):
         make(4, 8, capacity=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="positions must be"):
         make(4, 8, positions="none", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="selective_gates: top_k=5"):
+        selective_gates(jnp.zeros((1, 2, 4)), 5)
+    with pytest.raises(ValueError, match="'compact' or integers"):
+        selective_attention(q, k, v, chosen, positions="original")
     with pytest.raises(ValueError, match="multiple of num_experts"):
         UnionOfExpertsMLP(3, 8, 16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be .batch, length, heads"):

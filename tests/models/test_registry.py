@@ -57,6 +57,19 @@ def test_grouped_heads_where_the_mechanism_has_them():
     assert net.layers.groups[0][0].mixer.num_kv_heads == 1
 
 
+def test_mixers_by_id_are_made_for_a_block():
+    """Softmax attention by its id is the model's own; no mixer adds its input a second time."""
+    net = model("multi_head_attention, softmax, efficient_attention", 3, num_kv_heads=1)
+    named, own, efficient = (block.mixer for (block,) in net.layers.groups)
+    for option in ("rope_base", "num_kv_heads", "head_dim", "causal", "window"):
+        assert getattr(named, option) == getattr(own, option)
+    assert named.rope_base is not None and efficient.causal and not efficient.residual
+    with pytest.raises(
+        ValueError, match="efficient_attention takes value_features.* got 'residual"
+    ):
+        model("efficient_attention(residual=true)", 1)
+
+
 def test_auxiliary_losses_of_all_layers():
     net = model("moh, softmax", 4)
     assert net.has_aux_loss

@@ -49,21 +49,29 @@ def both(inputs, cot, case, *, rel_bias=None, **options):
         given = {"dq": q, "dk": k, "dv": v, "dak": ak, "dav": av, "drpb": rel_bias}
         given = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
 
-        @jax.jit
-        def run(given):
+        def call(given):
             return neighborhood_attention(
                 given["dq"], given["dk"], given["dv"], additional_keys=given.get("dak"),
                 additional_values=given.get("dav"), rel_bias=given.get("drpb"),
                 return_residual=True, **window, **common, **options,
             )  # fmt: skip
 
-        (out, lse), pull = jax.vjp(run, given)
-        got = {"out": out, "lse": lse, **pull((jnp.asarray(cot), jnp.zeros_like(lse)))[0]}
+        @jax.jit
+        def with_gradients(given, cot):
+            (out, lse), pull = jax.vjp(call, given)
+            return {"out": out, "lse": lse, **pull((cot, jnp.zeros_like(lse)))[0]}
+
+        got = with_gradients(given, jnp.asarray(cot))
         return {name: np.asarray(x) for name, x in got.items()}, want
 
 
-def check(got, want, names=None):
-    for name in names or got:
+def run(*arrays, **options):
+    """`neighborhood_attention` as one program."""
+    return jax.jit(functools.partial(neighborhood_attention, **options))(*arrays)
+
+
+def check(got, want):
+    for name in got:
         assert_allclose(got[name], want[name], rtol=0, atol=TOLERANCE * 100, err_msg=name)
 
 
@@ -153,7 +161,7 @@ def test_full_window_is_dense_attention():
 def test_stride_equal_to_the_window_is_blocked_attention():
     rng = np.random.default_rng(1)
     (q, k, v, *_), _ = arrays(rng, (8, 12))
-    got = neighborhood_attention(*map(f32, (q, k, v)), kernel_size=(4, 3), stride=(4, 3))
+    got = run(*map(f32, (q, k, v)), kernel_size=(4, 3), stride=(4, 3))
 
     def blocks(x):  # [b, 2, 4, 4, 3, h, d] -> a batch row per block
         x = f32(x).reshape(2, 4, 4, 3, *x.shape[3:]).transpose(0, 2, 1, 3, 4, 5)
@@ -166,11 +174,11 @@ def test_stride_equal_to_the_window_is_blocked_attention():
 def test_dilation_is_interleaved_problems():
     rng = np.random.default_rng(2)
     (q, k, v, *_), _ = arrays(rng, (9, 12))
-    got = neighborhood_attention(*map(f32, (q, k, v)), kernel_size=3, dilation=(2, 3))
+    got = run(*map(f32, (q, k, v)), kernel_size=3, dilation=(2, 3))
     for i in range(2):
         for j in (0, 2):
             part = [f32(x)[:, i::2, j::3] for x in (q, k, v)]
-            want = neighborhood_attention(*part, kernel_size=3)
+            want = run(*part, kernel_size=3)
             assert_allclose(got[:, i::2, j::3], want, atol=1e-5)
 
 
@@ -181,9 +189,9 @@ def test_causal_in_one_dimension_is_a_sliding_window():
     rng = np.random.default_rng(3)
     (q, k, v, *_), _ = arrays(rng, (50,))
     q, k, v = map(f32, (q, k, v))
-    got = neighborhood_attention(q, k, v, kernel_size=8, is_causal=True)
+    got = run(q, k, v, kernel_size=8, is_causal=True)
     assert_allclose(got, attention(q, k, v, mask=Causal() & Window(8)), atol=1e-5)
-    got = neighborhood_attention(q, k, v, kernel_size=50, is_causal=True)
+    got = run(q, k, v, kernel_size=50, is_causal=True)
     assert_allclose(got, attention(q, k, v, is_causal=True), atol=1e-5)
 
 
@@ -195,14 +203,12 @@ def test_staying_in_tile_order():
     q, k, v = map(f32, (q, k, v))
     layout = token_layout(shape, kernel_size=5)
     at = [permute_tokens(x, layout) for x in (q, k, v)]
-    inner, lse = neighborhood_attention(
-        *at, kernel_size=5, pre_permuted=layout, return_residual=True
-    )
+    inner, lse = run(*at, kernel_size=5, pre_permuted=layout, return_residual=True)
     assert_array_equal(np.asarray(inner)[:, ~layout.is_token()], 0)
     assert_array_equal(np.asarray(lse)[:, ~layout.is_token()], -np.inf)
-    got = neighborhood_attention(inner, *at[1:], kernel_size=3, stride=2, pre_permuted=layout)
-    want = neighborhood_attention(q, k, v, kernel_size=5)
-    want = neighborhood_attention(want, k, v, kernel_size=3, stride=2)
+    got = run(inner, *at[1:], kernel_size=3, stride=2, pre_permuted=layout)
+    want = run(q, k, v, kernel_size=5)
+    want = run(want, k, v, kernel_size=3, stride=2)
     assert_allclose(unpermute_tokens(got, layout), want, atol=1e-5)
     with pytest.raises(ValueError, match="needs another tile order"):
         neighborhood_attention(*at, kernel_size=3, dilation=2, pre_permuted=layout)
@@ -220,8 +226,8 @@ def test_nan_in_padding_slots_does_not_leak():
         o = neighborhood_attention(q, k, v, kernel_size=3, pre_permuted=layout)
         return (jnp.where(real, o, 0.0) ** 2).sum()
 
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*at)
-    want = neighborhood_attention(*map(f32, (q, k, v)), kernel_size=3)
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*at)
+    want = run(*map(f32, (q, k, v)), kernel_size=3)
     assert_allclose(value, (want**2).sum(), rtol=1e-5)
     for grad in grads:
         assert np.isfinite(np.asarray(grad)[:, layout.is_token()]).all()
@@ -233,7 +239,7 @@ def test_head_groups():
     q, k, v, ak, av = map(f32, (q, k, v, ak, av))
     table = f32(rng.standard_normal((4, 5, 5)))
     groups = [(2, {}), (2, {"kernel_size": (4, 5), "dilation": (2, 1), "rel_bias": None})]
-    got = neighborhood_attention(
+    got = run(
         q, k, v, kernel_size=3, rel_bias=table, head_groups=groups, additional_keys=ak,
         additional_values=av,
     )  # fmt: skip
@@ -243,7 +249,7 @@ def test_head_groups():
     ]
     for i, window in enumerate(options):
         kv = slice(i, i + 1)
-        want = neighborhood_attention(
+        want = run(
             q[..., 2 * i : 2 * i + 2, :], k[..., kv, :], v[..., kv, :],
             additional_keys=ak[..., kv, :], additional_values=av[..., kv, :], **window,
         )  # fmt: skip
@@ -258,16 +264,16 @@ def test_head_groups():
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_vmap(dilation):
     rng = np.random.default_rng(7)
-    run = functools.partial(neighborhood_attention, kernel_size=3, dilation=dilation)
+    call = functools.partial(neighborhood_attention, kernel_size=3, dilation=dilation)
     q, k, v = (jnp.stack([f32(x), f32(x[::-1])]) for x in arrays(rng, (7, 6), b=2)[0][:3])
 
     def loss(q, k, v):
-        return (run(q, k, v) ** 2).sum()
+        return (call(q, k, v) ** 2).sum()
 
-    for f in (run, jax.grad(loss)):
-        got = jax.jit(jax.vmap(f))(q, k, v)
+    for f in (call, jax.grad(loss)):
+        got, one = jax.jit(jax.vmap(f))(q, k, v), jax.jit(f)
         for i in range(2):
-            assert_allclose(got[i], f(q[i], k[i], v[i]), atol=1e-5)
+            assert_allclose(got[i], one(q[i], k[i], v[i]), atol=1e-5)
 
 
 def test_sixteen_bits():
@@ -303,14 +309,17 @@ def test_kernels_step_by_step(kernel, dilation):
     q, k, v, ak, av = (x.astype(np.float32) for x in inputs)
     want = naive.attention(q, k, v, naive.dense_mask((15, 9), **window), ak=ak, av=av, cot=cot)
 
-    @jax.jit
-    def run(q, k, v, ak, av):
+    def call(q, k, v, ak, av):
         return neighborhood_attention(
             q, k, v, additional_keys=ak, additional_values=av, implementation=kernel, **window
         )
 
-    out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v, ak, av)))
-    got = {"out": out, **dict(zip(("dq", "dk", "dv", "dak", "dav"), pull(f32(cot))))}
+    @jax.jit
+    def with_gradients(cot, *inputs):
+        out, pull = jax.vjp(call, *inputs)
+        return {"out": out, **dict(zip(("dq", "dk", "dv", "dak", "dav"), pull(cot)))}
+
+    got = with_gradients(f32(cot), *map(jnp.asarray, (q, k, v, ak, av)))
     for name, x in got.items():
         error = np.abs(np.asarray(x, np.float64) - want[name]).max() / np.abs(want[name]).max()
         assert error <= (2e-6 if name == "out" else 1e-5), name
@@ -337,10 +346,10 @@ def test_relative_bias_of_a_sequence_runs_in_the_kernels():
 def test_two_runs_are_equal_to_the_bit():
     rng = np.random.default_rng(9)
     q, k, v = (f32(x) for x in arrays(rng, (8, 9))[0][:3])
-    run = jax.jit(
+    gradients = jax.jit(
         jax.grad(lambda *x: (neighborhood_attention(*x, kernel_size=3) ** 2).sum(), (0, 1, 2))
     )
-    jax.tree.map(assert_array_equal, run(q, k, v), run(q, k, v))
+    jax.tree.map(assert_array_equal, gradients(q, k, v), gradients(q, k, v))
 
 
 @pytest.mark.parametrize(

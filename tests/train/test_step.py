@@ -52,15 +52,21 @@ def test_chunked_loss_is_the_plain_loss():
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
         return jnp.where(targets >= 0, loss, 0.0)
 
-    def chunked(hidden, table, chunk):
-        return token_losses(Head(table), hidden, targets, chunk)[0]
+    def in_chunks(size):
+        return lambda hidden, table: token_losses(Head(table), hidden, targets, size)[0]
 
-    wanted = plain(hidden, table)
-    slopes = jax.grad(lambda *a: plain(*a).sum(), argnums=(0, 1))(hidden, table)
-    for chunk in (7, 16, 512):
-        np.testing.assert_allclose(chunked(hidden, table, chunk), wanted, rtol=1e-6, atol=1e-6)
-        found = jax.grad(lambda *a, c=chunk: chunked(*a, c).sum(), argnums=(0, 1))(hidden, table)
-        for a, b in zip(found, slopes, strict=True):
+    @jax.jit
+    def losses_and_slopes(hidden, table):
+        losses = (plain, *map(in_chunks, (7, 16, 512)))
+        return [
+            (f(hidden, table), jax.grad(lambda *a, f=f: f(*a).sum(), argnums=(0, 1))(hidden, table))
+            for f in losses
+        ]
+
+    (wanted, slopes), *others = losses_and_slopes(hidden, table)
+    for found, their_slopes in others:
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        for a, b in zip(their_slopes, slopes, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -177,15 +183,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(config):
 
 def test_documents_of_a_row_do_not_see_each_other(config):
     parts = single(change(config, data={"packing": "first_fit"}))
-    model = parts.skeleton.model(init_state(parts)["params"])
+    params = init_state(parts)["params"]
+    losses = jax.jit(lambda row: batch_losses(parts.skeleton.model(params), row, 64)[0])
     rows = ByteData(parts.config.data).batch(0, 0, 32)
     index = next(i for i in range(32) if rows["segment_ids"][i].max() >= 2)
     row = {name: jnp.asarray(x[index : index + 1]) for name, x in rows.items()}
-    packed, *_ = batch_losses(model, row, 64)
+    packed = losses(row)
     where = np.flatnonzero(np.asarray(row["segment_ids"])[0] == 2)
     alone = {name: x[:, where[0] : where[-1] + 1] for name, x in row.items()}
     alone = {**alone, "segment_ids": jnp.ones_like(alone["inputs"])}
-    wanted, *_ = batch_losses(model, alone, 64)
+    wanted = losses(alone)
     np.testing.assert_allclose(packed[:, where[0] : where[-1] + 1], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -193,10 +200,11 @@ def test_validation_sums_by_quarter(config):
     parts = single(config)
     params, data = init_state(parts)["params"], ByteData(config.data)
     step = make_eval_step(parts)
+    losses = jax.jit(lambda p, batch: batch_losses(parts.skeleton.model(p), batch, 64)[0])
     total = 0.0
     for batch in data.validation(4):
         loss, tokens = step(params, batch)
-        plain, *_ = batch_losses(parts.skeleton.model(params), jax.tree.map(jnp.asarray, batch), 64)
+        plain = losses(params, batch)
         counted = batch["targets"] >= 0
         for quarter in range(4):
             member = counted & (batch["positions"] // 16 == quarter)

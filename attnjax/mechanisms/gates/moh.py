@@ -19,6 +19,7 @@ arXiv:2410.11842; official code SkyworkAI/MoH (DiT, ViT and LLaMA forms).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from jaxtyping import Array, Bool, Float
 
 from attnjax.attention import attention
 from attnjax.cache.linear_state import state_dtype
-from attnjax.layers import LayerNorm, add_bias
+from attnjax.checks import check_no_scores
+from attnjax.layers import LayerNorm
 from attnjax.masks import Causal
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
@@ -159,11 +161,12 @@ class MoHAttention(SequenceMixer):
       qk_norm: layer norm of queries and keys over the width of a head, shared by the heads.
       aux_coefficient: of the load-balance loss. Paper: 0.01.
       skip_heads: with a cache and one new token, attend with its own heads only; the same output
-        for (n + k) / h of the operations. Mask and edits of scores are then not supported.
+        for (n + k) / h of the operations. Masks, dropout, and scores to edit or show are then not
+        supported.
       **options: of `SequenceMixer`.
 
     Raises:
-      ValueError: when n or k do not fit the number of heads.
+      ValueError: when n or k do not fit the number of heads, or options contradict each other.
     """
 
     sites = (*SCORE_SITES, "aux_loss")
@@ -210,6 +213,16 @@ class MoHAttention(SequenceMixer):
                 f"MoHAttention: router='norm' compares at least 2 routed heads, got {routed}; "
                 "lower num_shared or use router='learned'."
             )
+        if router == "norm" and normalize != "code":
+            raise ValueError(
+                f"MoHAttention: normalize={normalize!r} has no meaning with router='norm', whose "
+                "gates are 0 and 1."
+            )
+        if router == "learned" and straight_through:
+            raise ValueError(
+                "MoHAttention: straight_through=True is for router='norm'; the gates of "
+                "router='learned' have gradients of their own."
+            )
         self.num_shared, self.top_k, self.num_routed = n, k, routed
         self.router, self.normalize, self.straight_through = router, normalize, straight_through
         self.aux_coefficient, self.skip_heads = aux_coefficient, skip_heads
@@ -220,8 +233,11 @@ class MoHAttention(SequenceMixer):
         self.out = self.output_projection(rngs=rngs)
         self.query_ln = self.key_ln = nnx.data(None)
         if qk_norm:
-            self.query_ln = _HeadNorm(self.head_dim, param_dtype=self.param_dtype)
-            self.key_ln = _HeadNorm(self.head_dim, param_dtype=self.param_dtype)
+            norm = functools.partial(
+                LayerNorm, self.head_dim, epsilon=1e-5, axis="head_dim", use_bias=True,
+                param_dtype=self.param_dtype,
+            )  # fmt: skip
+            self.query_ln, self.key_ln = norm(), norm()
 
         def gate(features: int, name: str | None, wanted: bool) -> Any:
             if not wanted or router == "norm":
@@ -273,22 +289,10 @@ class MoHAttention(SequenceMixer):
         self, call: Call, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array
     ) -> jax.Array:
         """Z [b, 1, h, d] of one new token; heads that it did not choose are not computed."""
-        edits = call.tap.edits
-        given = {
-            "mask": call.mask,
-            "key_mask": edits.key_mask,
-            "score_bias": edits.score_bias,
-            "weight_edit": call.tap.weight_edit(),
-            "edits of scores": call.tap.score_mod(0),
-            "capture of scores": call.tap.capture & {"scores", "weights"} or None,
-            "dropout": call.dropout_key,
-        }
-        for label, value in given.items():
-            if value is not None:
-                raise NotImplementedError(
-                    f"MoHAttention: {label} is not supported with skip_heads=True, which leaves "
-                    "heads out; set skip_heads=False."
-                )
+        check_no_scores(
+            "MoHAttention", call, "with skip_heads=True",
+            "which leaves heads out; set skip_heads=False",
+        )  # fmt: skip
         before, call.cache = call.cache.length, call.cache.append(k, v, call.valid)
         b, _, h, d = q.shape
         count = self.num_shared + (self.top_k if self.num_routed else 0)
@@ -304,17 +308,6 @@ class MoHAttention(SequenceMixer):
         z = attention(picked, keys, values, mask=Causal(), q_offset=before)
         rows = jnp.arange(b)[:, None]
         return jnp.zeros((b, 1, h, d), z.dtype).at[rows, 0, index].set(z[:, 0])
-
-
-class _HeadNorm(LayerNorm):
-    """Layer norm with scale and bias over the width of a head."""
-
-    def __init__(self, features: int, *, param_dtype: Any):
-        super().__init__(features, epsilon=1e-5, axis="head_dim", param_dtype=param_dtype)
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=("head_dim",))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return add_bias(super().__call__(x), self.bias[...])
 
 
 def _example() -> tuple[MoHAttention, jax.Array]:

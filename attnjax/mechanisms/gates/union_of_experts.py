@@ -12,7 +12,8 @@ The official code only selects by p (nothing is multiplied by it, so the router 
 the task): `gate_output=False`. Here outputs are multiplied by the gate, k p / Σ p over the chosen
 heads, which is 1 on average. The official code also divides p by its sum over the batch before the
 heads take their tokens and fills short heads with tokens that did not choose them; both make the
-output depend on other rows and are left out.
+output depend on other rows and are left out. Its optional memory of an earlier segment, which the
+heads read before their own tokens, is the cache here.
 
 Reference: Yang et al., "Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed
 Transformer", 2025, arXiv:2503.02495; official code YujiaoYang-work/UoE (SMHA v3, UoME DS).
@@ -32,7 +33,9 @@ from attnjax.attention import attention
 from attnjax.cache import StateCache
 from attnjax.cache.base import check_room
 from attnjax.cache.linear_state import state_dtype
+from attnjax.documents import document_starts
 from attnjax.layers import Projection, default_kernel_init
+from attnjax.masks import Causal
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
@@ -74,7 +77,7 @@ def selective_attention(
     Cost: O(Σ_h n_h² d) with n_h tokens in head h where tiles are skipped (block-sparse kernels).
 
     Raises:
-      ValueError: on shapes that do not fit, or capacity < 1.
+      ValueError: on shapes that do not fit, capacity < 1, or a word for positions but "compact".
       NotImplementedError: for capacity with segment_ids where it is not causal.
 
     Example: >>> selective_attention(q, k, v, selective_gates(logits, 2)[1]).shape
@@ -84,6 +87,11 @@ def selective_attention(
         raise ValueError(
             f"selective_attention: key, value and chosen must be [batch, length, heads, ...] = "
             f"{(b, t, h)}, got {key.shape}, {value.shape} and {chosen.shape}."
+        )
+    if isinstance(positions, str) and positions != "compact":
+        raise ValueError(
+            f"selective_attention: positions must be 'compact' or integers [batch, length], got "
+            f"{positions!r}."
         )
     chosen, slot = _fill(chosen, capacity, causal, priority, segment_ids)
     full = t if capacity is None or segment_ids is not None else min(capacity, t)
@@ -109,7 +117,11 @@ def selective_gates(
 
     Returns:
       The gates, float32 or wider and 1 on average over the chosen heads; and the choice.
+
+    Raises:
+      ValueError: when k is no number of heads.
     """
+    _check_router("selective_gates", top_k, logits.shape[-1], "heads", None)
     p = jax.nn.softmax(logits.astype(state_dtype(logits.dtype)))
     _, index = jax.lax.top_k(jax.lax.stop_gradient(p), top_k)
     chosen = jax.nn.one_hot(index, p.shape[-1], dtype=jnp.bool_).any(-2)
@@ -143,11 +155,8 @@ def _within_document(slot: jax.Array, chosen: jax.Array, ids: Any) -> jax.Array:
     """The place of a token among those of its own document; [b, t, h] like `slot`."""
     if ids is None:
         return slot
-    t = slot.shape[1]
-    new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(new, jnp.arange(t)[None], 0), axis=1)
     before = slot + 1 - chosen.astype(slot.dtype)
-    return slot - jnp.take_along_axis(before, start[..., None], axis=1)
+    return slot - jnp.take_along_axis(before, document_starts(ids)[..., None], axis=1)
 
 
 def _tokens_of_heads(chosen: jax.Array, slot: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -262,22 +271,23 @@ class SelectiveMultiHeadAttention(SequenceMixer):
         gates, chosen = selective_gates(self.route(x), self.top_k)
         if call.valid is not None:
             chosen = chosen & call.valid[..., None]
+        options: dict[str, Any] = {}
+        if call.dropout_key is not None:
+            options |= dict(dropout_rate=self.dropout_rate, dropout_rng=call.dropout_key)
         if call.cache is None:
-            options: dict[str, Any] = {}
-            if call.dropout_key is not None:
-                options |= dict(dropout_rate=self.dropout_rate, dropout_rng=call.dropout_key)
             z = selective_attention(
                 q, k, v, chosen, causal=call.causal, capacity=self.capacity, priority=gates,
                 positions="compact" if self.positions == "compact" else call.positions,
                 rope_base=self.rope_base, segment_ids=call.segment_ids, **options,
             )  # fmt: skip
         else:
-            z = self._decode(call, q, k, v, chosen)
+            z = self._decode(call, q, k, v, chosen, options)
         return z * gates[..., None].astype(z.dtype) if self.gate_output else z
 
     def _decode(
-        self, call: Call, q: jax.Array, k: jax.Array, v: jax.Array, chosen: jax.Array
-    ) -> jax.Array:
+        self, call: Call, q: jax.Array, k: jax.Array, v: jax.Array, chosen: jax.Array,
+        options: dict[str, Any],
+    ) -> jax.Array:  # fmt: skip
         """New tokens enter the caches of their heads; each attends to its head's up to itself."""
         old = call.cache.state
         size = old["key"].shape[1]
@@ -297,12 +307,15 @@ class SelectiveMultiHeadAttention(SequenceMixer):
         )
         filled = old["filled"] + chosen.astype(jnp.int32).sum(1)
         call.cache = call.cache.next(call.count, key=keys, value=values, filled=filled)
-        places = jnp.arange(size, dtype=jnp.int32)[None, None, None]
-        seen = places <= slot.transpose(0, 2, 1).reshape(b * h, 1, t, 1)
+        # the new tokens of each head, closed up, stand behind those that it has
+        place = slot - old["filled"][:, None]
+        index, _ = _tokens_of_heads(chosen, place, t)
+        q = jnp.take_along_axis(q, index[..., None], axis=1)
         out = attention(
-            _fold(q), _fold(keys.astype(q.dtype)), _fold(values.astype(q.dtype)), mask=seen
-        )
-        return jnp.where(chosen[..., None], _unfold(out, h), 0)
+            _fold(q), _fold(keys.astype(q.dtype)), _fold(values.astype(q.dtype)), mask=Causal(),
+            q_offset=old["filled"].reshape(-1), **options,
+        )  # fmt: skip
+        return _spread(_unfold(out, h), chosen, place)
 
 
 class UnionOfExpertsMLP(nnx.Module):

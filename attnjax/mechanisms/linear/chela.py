@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Int
 from attnjax.cache import StateCache
 from attnjax.cache.linear_state import state_dtype
 from attnjax.convolution import causal_conv
-from attnjax.mechanisms.linear.linear_attention import linear_attention
-from attnjax.mechanisms.linear.linear_mixer import ACTIVATIONS, LinearMixer, runs
+from attnjax.mechanisms.linear.linear_attention import linear_attention, runs
+from attnjax.mechanisms.linear.linear_mixer import ACTIVATIONS, LinearMixer
 from attnjax.mixer import Call
 from attnjax.spec import Mechanism
 
@@ -252,8 +252,8 @@ class ChelaAttention(LinearMixer):
         more = 1 if self.feature_map == "elu" else 0
         return {
             "state": (self.num_heads, self.key_dim, self.value_dim + more),
-            "short": (self.short.shape[1] - 1, self.in_features),
-            "long": (max(self.lengths) - 1, self.in_features),
+            "short_conv": (self.short.shape[1] - 1, self.in_features),
+            "long_conv": (max(self.lengths) - 1, self.in_features),
         }
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> StateCache:
@@ -273,14 +273,16 @@ class ChelaAttention(LinearMixer):
         kernels = [self.long_kernel(i) for i in range(short.shape[0])]
         if call.cache is not None:
             old = call.cache.state
-            y, states["short"] = causal_conv(x, short[0], state=old["short"], valid=call.valid)
+            y, states["short_conv"] = causal_conv(
+                x, short[0], state=old["short_conv"], valid=call.valid
+            )
             y = jax.nn.silu(y)
             if call.valid is not None:
                 y = jnp.where(call.valid[..., None], y, jnp.zeros_like(y))
-            past = jnp.concatenate([old["long"].astype(y.dtype), y], axis=1)
+            past = jnp.concatenate([old["long_conv"].astype(y.dtype), y], axis=1)
             back = past.shape[1] - y.shape[1]
             where = call.count[:, None] + jnp.arange(back, dtype=jnp.int32)[None]
-            states["long"] = jnp.take_along_axis(past, where[..., None], axis=1)
+            states["long_conv"] = jnp.take_along_axis(past, where[..., None], axis=1)
             if y.shape[1] == 1:
                 taps = kernels[0][::-1].astype(state_dtype(y.dtype))
                 return jnp.einsum("bwc,wc->bc", past.astype(taps.dtype), taps)[:, None].astype(

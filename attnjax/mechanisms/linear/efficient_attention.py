@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,10 +31,9 @@ from jaxtyping import Array, Bool, Float
 
 from attnjax.cache.linear_state import state_dtype
 from attnjax.checks import check_qkv
-from attnjax.layers import Projection, add_bias, default_bias_init, default_kernel_init
 from attnjax.mechanisms.linear.linear_attention import linear_attention
+from attnjax.mixer import Call, SequenceMixer
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits, Tap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +105,7 @@ def efficient_attention(
             f"{name}: query and key must have the same heads, and the same length when causal, "
             f"got query {query.shape} and key {key.shape}."
         )
-    if normalizer not in ("softmax", "scaling"):
-        raise ValueError(
-            f"{name}: normalizer={normalizer!r} is unknown; pass 'softmax' or 'scaling'."
-        )
+    _check_normalizer(name, normalizer)
     if key_mask is not None and key_mask.shape != key.shape[:2]:
         raise ValueError(
             f"{name}: key_mask must have shape [batch, key length] = {key.shape[:2]}, "
@@ -136,6 +132,13 @@ def efficient_attention(
         q, k = _token_scaling(q, k, key_mask)
     context = jnp.einsum("bshk,bshv->bhkv", k, v)
     return jnp.einsum("bthk,bhkv->bthv", q, context).astype(value.dtype)
+
+
+def _check_normalizer(name: str, normalizer: str) -> None:
+    if normalizer not in ("softmax", "scaling"):
+        raise ValueError(
+            f"{name}: normalizer={normalizer!r} is unknown; pass 'softmax' or 'scaling'."
+        )
 
 
 def _token_softmax(k: jax.Array, key_mask: jax.Array | None) -> jax.Array:
@@ -221,31 +224,31 @@ def _advanced(
     )
 
 
-class EfficientAttention(nnx.Module):
+class EfficientAttention(SequenceMixer):
     """Efficient attention over sequences, images or volumes, with projections and residual.
 
+    Without causality x may be [b, *spatial, m]. The site "attn_out" is taken before the residual.
+
     Args:
-      num_heads: h.
-      in_features: width of the input, which is also the width of the output.
+      num_heads, in_features: as in `SequenceMixer`.
       qkv_features: width of all queries together, and of all keys; None is `in_features`.
       out_features: None or `in_features` while there is a residual.
-      num_kv_heads: None or `num_heads`.
       value_features: width of all values together; None is `qkv_features`.
       causal: token t sees tokens up to t; sequences only. Not in the paper.
       normalizer: "softmax" or "scaling".
       residual: add the input to the output. Official code: yes, inside the module.
-      dtype: of the computation; None promotes inputs and parameters.
-      param_dtype: of the parameters.
-      kernel_init, bias_init: initializers of the projections.
       use_bias: whether projections have biases. Official code: yes.
-      rngs: stream `params`.
+      **options: of `SequenceMixer`.
 
     Raises:
-      ValueError: when sizes do not divide.
-      NotImplementedError: for num_kv_heads other than num_heads.
+      ValueError: when sizes do not divide or do not fit the residual, or for an unknown normalizer.
     """
 
-    sites = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "attn_out")
+    directions = ("causal", "bidirectional")
+    packed = False
+    drops = False
+    spatial = True
+    block_options = MappingProxyType({"residual": False})
 
     def __init__(
         self,
@@ -254,122 +257,36 @@ class EfficientAttention(nnx.Module):
         qkv_features: int | None = None,
         out_features: int | None = None,
         *,
-        num_kv_heads: int | None = None,
         value_features: int | None = None,
         causal: bool = False,
         normalizer: str = "softmax",
         residual: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
         use_bias: bool = True,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
+        options |= dict(causal=causal, use_bias=use_bias)
+        super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
         name = type(self).__name__
-        qkv_features = in_features if qkv_features is None else qkv_features
-        value_features = qkv_features if value_features is None else value_features
-        out_features = in_features if out_features is None else out_features
-        if qkv_features % num_heads or value_features % num_heads:
+        value_features = num_heads * self.head_dim if value_features is None else value_features
+        if value_features % num_heads:
             raise ValueError(
-                f"{name}: qkv_features={qkv_features} and value_features={value_features} must be "
-                f"multiples of num_heads={num_heads}."
+                f"{name}: value_features={value_features} must be a multiple of "
+                f"num_heads={num_heads}."
             )
-        if residual and out_features != in_features:
+        if residual and self.out_features != in_features:
             raise ValueError(
                 f"{name}: out_features={out_features} must equal in_features={in_features} while "
                 "residual=True; pass residual=False."
             )
-        if num_kv_heads not in (None, num_heads):
-            raise NotImplementedError(
-                f"{name}: num_kv_heads={num_kv_heads} is not supported; every head has its own "
-                f"key and value, num_kv_heads={num_heads}."
-            )
-        self.num_heads, self.in_features = num_heads, in_features
-        self.key_dim, self.value_dim = qkv_features // num_heads, value_features // num_heads
-        self.causal, self.normalizer, self.residual = causal, normalizer, residual
-        self.param_dtype = param_dtype
-        shared: dict[str, Any] = dict(
-            use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init,
-            bias_init=bias_init, rngs=rngs,
+        _check_normalizer(name, normalizer)
+        self.value_dim, self.normalizer, self.residual = (
+            value_features // num_heads, normalizer, residual,
         )  # fmt: skip
-
-        def project(width: int) -> Projection:
-            return Projection(
-                in_features,
-                (num_heads, width),
-                in_axes=("embed",),
-                out_axes=("heads", "head_dim"),
-                **shared,
-            )
-
-        self.query, self.key = project(self.key_dim), project(self.key_dim)
-        self.value = project(self.value_dim)
-        self.out = Projection(
-            (num_heads, self.value_dim), out_features, in_axes=("heads", "head_dim"),
-            out_axes=("embed",), **shared,
-        )  # fmt: skip
-
-    def __call__(
-        self,
-        x: Float[Array, "b *t m"],
-        *,
-        mask: None = None,
-        positions: None = None,
-        segment_ids: None = None,
-        cache: ContextCache | None = None,
-        valid: Bool[Array, "b *t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes all tokens of x.
-
-        Args:
-          x: [b, t, m], or [b, *spatial, m] when not causal.
-          mask, segment_ids: must be None; use `valid` for padding.
-          positions: unused, the mechanism knows no positions.
-          cache: from `init_cache`; causal only.
-          valid: False marks padding, which is not gathered; the output there is meaningless.
-          deterministic, dropout_rng: unused, there is no dropout.
-          edits: interventions of this layer (`attnjax.taps.Edits`).
-          capture: names of sites to return; tokens of all spatial axes in one. "attn_out" is taken
-            before the residual.
-
-        Returns:
-          y shaped like x; `(y, cache)` with a cache; captured arrays as a dict last.
-        """
-        del positions, deterministic, dropout_rng
-        name = type(self).__name__
-        if x.ndim < 3 or x.shape[-1] != self.in_features or (self.causal and x.ndim != 3):
-            raise ValueError(
-                f"{name}: x must have shape [batch, {'length' if self.causal else '*spatial'}, "
-                f"{self.in_features}], got {x.shape}."
-            )
-        if mask is not None or segment_ids is not None:
-            raise NotImplementedError(
-                f"{name}: mask and segment_ids are not supported, all tokens share one context; "
-                "use valid for padding and one document per row."
-            )
-        if valid is not None and valid.shape != x.shape[:-1]:
-            raise ValueError(f"{name}: valid must have shape {x.shape[:-1]}, got {valid.shape}.")
-        tap = Tap(edits, capture, sites=self.sites, name=name)
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        valid = None if valid is None else valid.reshape(tokens.shape[:2])
-        if valid is not None:
-            # padding may hold anything, NaN too
-            tokens = jnp.where(valid[..., None], tokens, jnp.zeros_like(tokens))
-        q, k, v = self._project(tap, tokens)
-        result = efficient_attention(
-            q, k, v, causal=self.causal, normalizer=self.normalizer, key_mask=valid, cache=cache
-        )
-        z, cache = result if isinstance(result, tuple) else (result, None)
-        y = self._output(tap, tap.heads(z))
-        if self.residual:
-            y = y + tokens.astype(y.dtype)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return tap.result(y) if cache is None else tap.result(y, cache)
+        keys = (num_heads, self.head_dim)
+        self.query, self.key = (self.projection(keys, rngs=rngs) for _ in range(2))
+        self.value = self.projection((num_heads, self.value_dim), rngs=rngs)
+        self.out = self.output_projection(self.value_dim, rngs=rngs)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> ContextCache:
         """The context before the first token; as large for any length.
@@ -380,32 +297,27 @@ class EfficientAttention(nnx.Module):
           dtype: of the context; None is float32, or float64 where the parameters are.
         """
         del max_length
+        self._require_decoding()
         dtype = state_dtype(self.param_dtype if dtype is None else dtype)
-        return ContextCache.create(batch, self.num_heads, self.key_dim, self.value_dim, dtype)
+        return ContextCache.create(batch, self.num_heads, self.head_dim, self.value_dim, dtype)
 
-    def _project(self, tap: Tap, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if tap.edits.query_positions is not None or tap.edits.key_positions is not None:
-            raise ValueError("edits: EfficientAttention has no positions that could be replaced.")
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if tap.edits.q_add is not None:
-            q = add_bias(q, tap.edits.q_add)
-        if tap.edits.k_add is not None:
-            k = add_bias(k, tap.edits.k_add)
-        q, k = tap("q_rot", tap("q", q)), tap("k_rot", tap("k", k))
-        return q, k, tap("v", v)
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, v]."""
+        x = call.x
+        q, k, v = self.heads(call, self.query(x), self.key(x), self.value(x))
+        result: Any = efficient_attention(
+            q, k, v, causal=self.causal, normalizer=self.normalizer, key_mask=call.valid,
+            cache=call.cache,
+        )  # fmt: skip
+        if call.cache is None:
+            return result
+        z, call.cache = result
+        return z
 
-    def _output(self, tap: Tap, z: jax.Array) -> jax.Array:
-        """The output projection, with the sites "head_out" and "attn_out"."""
-        y = self.out(z)
-        edited = tap.edits_site("head_out")
-        if edited or "head_out" in tap.capture:
-            heads = jnp.einsum(
-                "bthd,hdm->bthm", z.astype(y.dtype), self.out.kernel[...].astype(y.dtype)
-            )
-            new = tap("head_out", heads)
-            if edited:
-                y = y + (new - heads).sum(2)
-        return tap("attn_out", y)
+    def finish(self, call: Call, z: jax.Array) -> jax.Array:
+        """The output of z, with the input where there is a residual."""
+        y = super().finish(call, z)
+        return y + call.x.astype(y.dtype) if self.residual else y
 
 
 def _example() -> tuple[EfficientAttention, jax.Array]:

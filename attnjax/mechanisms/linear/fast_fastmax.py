@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnjax.cache import StateCache
 from attnjax.cache.linear_state import state_dtype
 from attnjax.checks import check_qkv, check_segments
-from attnjax.mechanisms.linear.linear_mixer import runs as runs_of
+from attnjax.mechanisms.linear.linear_attention import runs as runs_of
 from attnjax.mixer import Call, SequenceMixer
 from attnjax.spec import Mechanism
 
@@ -98,7 +98,7 @@ def fastmax(
     _check(query, key, value, order, causal, normalize, coefficients, chunk_size, segment_ids)
     if not causal and (return_state or initial_state is not None):
         raise ValueError("fastmax: a state needs causal=True; without it give all keys at once.")
-    taken = tuple(coefficients or (1.0, 1.0, 0.5)[: order + 1])
+    taken = tuple((1.0, 1.0, 0.5)[: order + 1] if coefficients is None else coefficients)
     chunk = chunk_size or {1: 128, 2: 256}[order]
     dtype = jnp.result_type(*{state_dtype(x.dtype) for x in (query, key, value)})
     q, k, v = (x.astype(dtype) for x in (query, key, value))

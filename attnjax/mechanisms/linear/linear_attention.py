@@ -94,7 +94,7 @@ def linear_attention(
         check_segments(name, segment_ids, b, t)
     operands = Operands(
         query, key, value, decay, beta, bonus, initial_state,
-        None if segment_ids is None else _runs(segment_ids),
+        None if segment_ids is None else runs(segment_ids),
     )  # fmt: skip
     factor = k**-0.5 if scale is None else float(scale)
     spec = LinearSpec(chunk_size=chunk_size, scale=factor, implementation=implementation)
@@ -146,8 +146,8 @@ def linear_attention_step(
     )  # fmt: skip
 
 
-def _runs(segment_ids: jax.Array) -> jax.Array:
-    """Numbers the segments of each row upwards from 0: [b, t] int32."""
+def runs(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Numbers from 0 that go up wherever the id changes: a recurrence restarts there."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 

@@ -14,13 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from attnjax.cache import StateCache
 from attnjax.cache.linear_state import state_dtype
 from attnjax.convolution import causal_conv
 from attnjax.layers import LayerNorm, RMSNorm
-from attnjax.mechanisms.linear.linear_attention import linear_attention, linear_attention_step
+from attnjax.mechanisms.linear.linear_attention import (
+    linear_attention,
+    linear_attention_step,
+    runs,
+)
 from attnjax.mixer import Call, SequenceMixer
 
 ACTIVATIONS = {
@@ -82,7 +86,7 @@ class ShortConvolution(nnx.Module):
 
 
 class LinearMixer(SequenceMixer):
-    """Base class of the mixers around `linear_attention`; always causal.
+    """Base class of the mixers around a recurrence such as `linear_attention`; always causal.
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
@@ -93,7 +97,7 @@ class LinearMixer(SequenceMixer):
       **options: of `SequenceMixer`; there is no dropout.
 
     Raises:
-      ValueError: when a factor gives a fraction of a channel.
+      ValueError: when a factor gives a fraction of a channel, or chunk_size < 1.
       NotImplementedError: for dropout_rate > 0, as there are no weights to drop.
     """
 
@@ -117,6 +121,8 @@ class LinearMixer(SequenceMixer):
                 f"{name}: dropout_rate={self.dropout_rate} is not supported, a recurrence has no "
                 "weights to drop; leave dropout_rate=0."
             )
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"{name}: chunk_size={chunk_size} must be at least 1 token, or None.")
         self.key_dim, self.value_dim = (
             _width(name, label, self.head_dim, factor)
             for label, factor in (("key_factor", key_factor), ("value_factor", value_factor))
@@ -135,6 +141,7 @@ class LinearMixer(SequenceMixer):
         features: dict[str, tuple[int, ...]] | None = None,
         *,
         activation: str = "silu",
+        value_activation: str = "silu",
         use_bias: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
@@ -143,7 +150,8 @@ class LinearMixer(SequenceMixer):
         Args:
           width: taps, in tokens; None makes none.
           features: "query", "key", "value" -> sizes of the channel axes; None is by head.
-          activation: after the convolution of queries and keys; that of values is silu.
+          activation: after the convolutions of queries and keys, a name of `ACTIVATIONS`.
+          value_activation: after that of values.
           use_bias: whether every channel has a bias.
           rngs: stream `params`.
         """
@@ -155,7 +163,7 @@ class LinearMixer(SequenceMixer):
             names = ("heads", "head_dim") if size[0] == h else (None, None)
             conv = ShortConvolution(
                 size, width, axes=names, use_bias=use_bias, param_dtype=self.param_dtype,
-                activation="silu" if part == "value" else activation, rngs=rngs,
+                activation=value_activation if part == "value" else activation, rngs=rngs,
             )  # fmt: skip
             setattr(self, f"{part}_conv", conv)
 
@@ -185,7 +193,10 @@ class LinearMixer(SequenceMixer):
     # ------------------------------------------------------------------- for subclasses: calling
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what one row's cache holds: the state, and the tails of the convolutions."""
+        """Shapes of what one row's cache holds: the state, and the tails of the convolutions.
+
+        Names that end in `_conv` hold tokens, in the module's dtype; others are states.
+        """
         shapes: dict[str, tuple[int, ...]] = {
             "state": (self.num_heads, self.key_dim, self.value_dim)
         }
@@ -202,13 +213,14 @@ class LinearMixer(SequenceMixer):
           batch: rows.
           max_length: unused; the state is as large for any length.
           dtype: of the convolutions' tokens; None is the module's dtype, or that of the
-            parameters. The state is float32, or float64 where this is.
+            parameters. States are float32, or float64 where this is.
         """
         del max_length
         self._require_decoding()
         dtype = (self.dtype or self.param_dtype) if dtype is None else dtype
         shapes = self.state_shapes()
-        kinds = {name: state_dtype(dtype) if name == "state" else dtype for name in shapes}
+        wide = state_dtype(dtype)
+        kinds = {name: dtype if name.endswith("_conv") else wide for name in shapes}
         return StateCache.create(batch, shapes, kinds)
 
     def begin(self, x: jax.Array, **options: Any) -> Call:
@@ -301,12 +313,6 @@ class LinearMixer(SequenceMixer):
         """Z: what was read, normalized by head and gated where the mixer has a gate."""
         z = self.norm(o)
         return z if self.gate is None else z * jax.nn.silu(self.gate(call.x)).astype(z.dtype)
-
-
-def runs(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Numbers from 0 that go up wherever the id changes: a recurrence restarts there."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def unit_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:

@@ -99,6 +99,7 @@ class Mamba2(LinearMixer):
 
     Raises:
       ValueError: when groups do not divide the heads, or state_size < 1.
+      NotImplementedError: for a key_factor.
     """
 
     def __init__(
@@ -124,6 +125,11 @@ class Mamba2(LinearMixer):
             raise ValueError(
                 f"Mamba2: groups={groups} must divide num_heads={num_heads}, and "
                 f"state_size={state_size} be at least 1."
+            )
+        if self.key_dim != self.head_dim:
+            raise NotImplementedError(
+                "Mamba2: key_factor is not supported, the width of B and C is "
+                f"state_size={state_size}."
             )
         self.groups, self.norm_before_gate = groups, norm_before_gate
         self.key_dim = state_size

@@ -34,7 +34,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from attnjax.attention import DENSE_SCORES, attention
-from attnjax.cache import TokenCache
 from attnjax.checks import check_qkv
 from attnjax.dense import qk_scores, softmax_weights, weighted_values
 from attnjax.masks import Mask
@@ -143,11 +142,21 @@ def adaptive_filter_attention(
             f"{name}: implementation must be 'dense', 'block_sparse' or None, got "
             f"{implementation!r}."
         )
-    b, t = query.shape[:2]
+    b, t, h, _ = query.shape
     s = key.shape[1]
     times = _indices(b, t) if times is None else times
     key_times = (times if s == t else _indices(b, s)) if key_times is None else key_times
     own = dynamics if key_dynamics is None else key_dynamics
+    if key.shape[2] != h:
+        raise ValueError(
+            f"{name}: every head has its own keys and values; query has {h} heads, key "
+            f"{key.shape[2]}; repeat shared ones with jnp.repeat(key, groups, axis=2)."
+        )
+    wanted = {"times": (times, (b, t)), "key_times": (key_times, (b, s))}
+    wanted |= {"threshold": (threshold, (h,)), "temperature": (temperature, (h,))}
+    for label, (array, shape) in wanted.items():
+        if array.shape != shape:
+            raise ValueError(f"{name}: {label} must have shape {shape}, got {array.shape}.")
     system = System(dynamics, own, threshold, temperature, options)
     q, k = turn(query, times, own.frequency, -1), turn(key, key_times, own.frequency, -1)
     v = turn(value, key_times, dynamics.frequency, -1)
@@ -325,7 +334,9 @@ class AdaptiveFilterAttention(SequenceMixer):
       horizon: tokens of a training sequence: μ lies in (-5 / horizon, 0). Code: its length.
       norm: complex RMS norm of "none", "qk" or "qkv".
       residual: what is added to the estimate, before another norm: "none"; "add" the value; or a
-        mean of both, by the estimate's total precision, "precision", or a learned gate, "learned".
+        mean of both, by the estimate's total precision P = Σ_j e^L_ij, "precision", with the share
+        sigmoid(a² ln P - ln(b² + 1e-6)), or by a learned gate, "learned". The code starts a and b
+        at 0, where their squares have no gradient; here they start at 1.
       predict: carry the output one step further, times e^(μ + iω).
       rngs: stream `params`.
       **options: of `SequenceMixer`.
@@ -394,20 +405,19 @@ class AdaptiveFilterAttention(SequenceMixer):
             self.scales[name] = self.parameter(jnp.ones(by_channel), names)
         self.gate = nnx.data(None)
         if residual in ("precision", "learned"):
-            rows = 2 if residual == "precision" else 1
-            self.gate = self.parameter(jnp.zeros((rows, *by_channel)), (None, *names))
+            # g = P / (P + 1) at first, or 1/2
+            start = jnp.ones((2, *by_channel)) if residual == "precision" else jnp.zeros(by_channel)
+            self.gate = self.parameter(start.reshape(-1, *by_channel), (None, *names))
 
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """Turned keys and values, and times."""
         wide = (self.num_heads, 2 * self.head_dim)
         return {"key": wide, "value": wide, "time": ()}
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> TokenCache:
-        """An empty cache; times are integers whatever the dtype."""
-        self._require_decoding()
-        dtype = (self.dtype or self.param_dtype) if dtype is None else dtype
-        kinds = {"key": dtype, "value": dtype, "time": jnp.int32}
-        return TokenCache.create(batch, max_length, self.token_shapes(), kinds)
+    def token_dtypes(self, dtype: Any) -> dict[str, Any]:
+        """Times are integers whatever the cache's dtype."""
+        del dtype
+        return {"time": jnp.int32}
 
     def dynamics(self, dtype: Any) -> list[Dynamics]:
         """Those of values, and with `separate` those of keys."""
@@ -450,7 +460,7 @@ class AdaptiveFilterAttention(SequenceMixer):
     ) -> tuple[jax.Array, jax.Array]:
         """Σ_j A_ij E_ij ṽ_j [b, t, h, 2d] and lse [b, t, h]."""
         k, v, key_times = stored["key"], stored["value"], stored["time"]
-        if self._needs_weights(call) or q.shape[1] * k.shape[1] <= DENSE_SCORES:
+        if call.wants_scores or q.shape[1] * k.shape[1] <= DENSE_SCORES:
             scores = self.edit_scores(call, filter_scores(system, q, k, times, key_times))
             weights, lse = softmax_weights(scores, call.keep(k.shape[1]))
             weights = self.edit_weights(call, weights)
@@ -464,16 +474,6 @@ class AdaptiveFilterAttention(SequenceMixer):
             )
 
         return filter_by_blocks(system, attend, q, k, v, times, key_times, call.start)
-
-    def _needs_weights(self, call: Call) -> bool:
-        tap = call.tap
-        return (
-            call.dropout_key is not None
-            or bool({"scores", "weights"} & tap.capture)
-            or any(tap.edits_site(site) for site in ("scores", "weights"))
-            or tap.edits.score_bias is not None
-            or tap.edits.weight_edit is not None
-        )
 
     def _normalized(self, name: str, x: jax.Array) -> jax.Array:
         """X by the root of its mean squared modulus, where this norm is on."""

@@ -36,8 +36,6 @@ from jaxtyping import Array, Bool, Float
 from attnjax.checks import check_qkv
 from attnjax.dense import qk_scores, weighted_values
 from attnjax.layers import RMSNorm
-from attnjax.masks import Causal, Lengths, Mask, Segments
-from attnjax.masks.keys import key_set
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
 from pallas_kernels import tilemath
@@ -105,12 +103,11 @@ def local_linear_attention(
     b, t, h, d = query.shape
     s, g, e = value.shape[1:]
     _check_mode(name, ridge, ridge_mode)
-    if solver not in (None, *SOLVERS):
-        raise ValueError(f"{name}: solver must be one of {SOLVERS} or None, got {solver!r}.")
-    if min(block_sizes) < 1 or floor < 0 or (bandwidth is not None and bandwidth <= 0):
+    _check_solver(name, solver, iterations, floor)
+    if min(block_sizes) < 1 or (bandwidth is not None and bandwidth <= 0):
         raise ValueError(
-            f"{name}: block_sizes and bandwidth must be positive and floor at least 0, got "
-            f"{block_sizes}, {bandwidth} and {floor}."
+            f"{name}: block_sizes and bandwidth must be positive, got {block_sizes} and "
+            f"{bandwidth}."
         )
     dtype = tilemath.accumulator_dtype(query.dtype)
     wide = dtype == jnp.float64
@@ -147,13 +144,15 @@ def local_linear_weights(
     mask: Bool[Array, "#b #h #t #s"] | None = None,
     ridge: Float[Array, " h"] | float = 1.0,
     ridge_mode: str = "max",
+    floor: float = 0.0,
 ) -> tuple[Float[Array, "b h t s"], Float[Array, "b h t d"]]:
     """The weights s of all pairs, and ρ: the definition, with t x s x d numbers in memory.
 
     Args:
       query, key: shapes as annotated.
       scores: logarithms of w, as from `attnjax.dense.qk_scores`.
-      mask, ridge, ridge_mode: as for `local_linear_attention`.
+      mask, ridge, ridge_mode, floor: as for `local_linear_attention`. Where the floor binds, a row
+        does not sum to 1.
     """
     _check_mode("local_linear_weights", ridge, ridge_mode)
     b, h, t, s = scores.shape
@@ -173,8 +172,7 @@ def local_linear_weights(
     sigma = sigma + lam[..., None, None] * jnp.eye(d, dtype=dtype)[None, None, None]
     rho = _factor_and_solve(sigma, mu)
     weights = w * (1 - _einsum("bhtsd,bhtd->bhts", z, rho))
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0, jnp.ones_like(total), total), rho
+    return weights / _denominator(floor, weights.sum(-1), total)[..., None], rho
 
 
 def _check_mode(name: str, ridge: Any, mode: str) -> None:
@@ -182,6 +180,16 @@ def _check_mode(name: str, ridge: Any, mode: str) -> None:
         raise ValueError(f"{name}: ridge_mode must be one of {RIDGE_MODES}, got {mode!r}.")
     if isinstance(ridge, int | float) and ridge < 0:
         raise ValueError(f"{name}: ridge must be at least 0, got {ridge}.")
+
+
+def _check_solver(name: str, solver: str | None, iterations: int | None, floor: float) -> None:
+    if solver not in (None, *SOLVERS):
+        raise ValueError(f"{name}: solver must be one of {SOLVERS} or None, got {solver!r}.")
+    if (iterations is not None and iterations < 1) or not 0 <= floor <= 1:
+        raise ValueError(
+            f"{name}: iterations={iterations} must be at least 1, or None, and floor={floor} in "
+            "[0, 1]."
+        )
 
 
 def _row_ridge(mode: str, lam: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
@@ -390,15 +398,15 @@ def _fit_fwd(options: _Options, q: Any, k: Any, v: Any, lam: Any, masks: Any) ->
         # Σ w (1 - z·ρ) is ω - μ·ρ; summed like this the weights sum to 1 for any error of ρ
         shape = (*q.shape[:-1], v.shape[-1])
         number, norm = sweep(output, (jnp.zeros(shape, q.dtype), zeros))
-        safe = _denominator(options, norm, total)
+        safe = _denominator(options.floor, norm, total)
         return number / safe[..., None], _Rows(top, total, ridge, rho, norm)
 
     out, rows = lax.map(block, (jnp.arange(q.shape[0], dtype=jnp.int32), q))
     return out, (q, k, v, lam, masks, out, rows)
 
 
-def _denominator(options: _Options, norm: jax.Array, total: jax.Array) -> jax.Array:
-    norm = jnp.where(norm < options.floor * total, options.floor * total, norm)
+def _denominator(floor: float, norm: jax.Array, total: jax.Array) -> jax.Array:
+    norm = jnp.where(norm < floor * total, floor * total, norm)
     return jnp.where(norm == 0, jnp.ones_like(norm), norm)
 
 
@@ -410,7 +418,7 @@ def _fit_bwd(options: _Options, saved: Any, d_out: Any) -> Any:
         index, q, out, d_out, row = given
         top, total, ridge, rho, norm = row
         sweep = _sweep(options, q, k, v, masks, index)
-        safe = _denominator(options, norm, total)
+        safe = _denominator(options.floor, norm, total)
         bounded = norm < options.floor * total
         inner = _dot(d_out, out)
         # the denominator's share of the gradient: through every weight, or where it stands at its
@@ -481,6 +489,10 @@ class LocalLinearAttention(SequenceMixer):
       qk_norm: RMS norm of queries and keys: w is then a Gaussian kernel of q - k.
       rngs: stream `params`.
       **options: of `SequenceMixer`.
+
+    Raises:
+      ValueError: on a ridge that is not positive, an unknown ridge_mode or solver, iterations < 1
+        or a floor outside of [0, 1].
     """
 
     sites = SCORE_SITES
@@ -508,6 +520,7 @@ class LocalLinearAttention(SequenceMixer):
         if ridge <= 0:
             raise ValueError(f"LocalLinearAttention: ridge must be positive, got {ridge}.")
         _check_mode("LocalLinearAttention", ridge, ridge_mode)
+        _check_solver("LocalLinearAttention", solver, iterations, floor)
         shared = (self.num_kv_heads, self.head_dim)
         self.query = self.projection((num_heads, self.head_dim), rngs=rngs)
         self.key = self.projection(shared, rngs=rngs)
@@ -542,42 +555,17 @@ class LocalLinearAttention(SequenceMixer):
         ridge: Any = self.ridge
         if self.log_ridge is not None:
             ridge = jax.nn.softplus(self.log_ridge[...].astype(dtype))
-        if self._needs_weights(call):
+        if call.wants_scores:
             scores = self.edit_scores(call, qk_scores(q, k))
             weights, _ = local_linear_weights(
-                q, k, scores, mask=call.keep(k.shape[1]), ridge=ridge, ridge_mode=self.ridge_mode
-            )
+                q, k, scores, mask=call.keep(k.shape[1]), ridge=ridge, ridge_mode=self.ridge_mode,
+                floor=self.floor,
+            )  # fmt: skip
             return weighted_values(self.edit_weights(call, weights), v).astype(q.dtype)
         return local_linear_attention(
-            q, k, v, mask=self._mask(call, k.shape[1]), ridge=ridge, ridge_mode=self.ridge_mode,
+            q, k, v, mask=call.visible(k.shape[1]), ridge=ridge, ridge_mode=self.ridge_mode,
             solver=self.solver, iterations=self.iterations, floor=self.floor, q_offset=call.start,
         )  # fmt: skip
-
-    def _needs_weights(self, call: Call) -> bool:
-        tap = call.tap
-        return (
-            call.dropout_key is not None
-            or bool({"scores", "weights"} & tap.capture)
-            or tap.edits_site("scores")
-            or tap.edits_site("weights")
-            or tap.edits.score_bias is not None
-            or tap.edits.weight_edit is not None
-        )
-
-    def _mask(self, call: Call, length: int) -> Any:
-        """Everything that hides keys, as one program, or as booleans where the caller's are."""
-        if call.mask is not None and not isinstance(call.mask, Mask):
-            return call.keep(length)
-        kept, lengths = call.tap.edits.key_mask, call.lengths()
-        parts = (
-            Causal() if call.causal else None,
-            call.mask,
-            None if kept is None else key_set(kept),
-            None if lengths is None else Lengths(lengths),
-            None if call.segment_ids is None else Segments(call.segment_ids),
-        )
-        given = [part for part in parts if part is not None]
-        return functools.reduce(lambda x, y: x & y, given) if given else None
 
 
 def _example() -> tuple[LocalLinearAttention, jax.Array]:

@@ -37,12 +37,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attnjax.cache import StateCache
 from attnjax.cache.linear_state import state_dtype
 from attnjax.checks import check_qkv, check_segments
-from attnjax.convolution import causal_conv
-from attnjax.layers import RMSNorm
-from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
+from attnjax.documents import document_starts
+from attnjax.mechanisms.linear.linear_mixer import LinearMixer, unit_norm
+from attnjax.mixer import Call
 from attnjax.spec import Mechanism
 
 LOSSES = ("lp", "l2", "huber", "huber_norm", "huber_coordinate", "value_shift")
@@ -112,7 +111,7 @@ class MirasState(NamedTuple):
 
     Attributes:
       raw: name -> A [b, h, rows, columns].
-      start: the same before the current chunk, where gradients are taken.
+      start: the same before the chunk of the last token, where gradients are taken.
       seen: [b] tokens so far.
     """
 
@@ -150,9 +149,11 @@ def miras(
       delta: δ, positive, for the losses that have one; None is infinity.
       rule: loss and retention.
       chunk_size: tokens whose gradients share one point. Paper: 16 and 64.
-      segment_ids: a new segment starts from `initial`. Runs token by token.
+      segment_ids: a new segment starts from `initial`, and a chunk with it. Runs token by token,
+        as the chunks of a row then begin anywhere; not with `state`.
       valid: True for real tokens, which come first; others change nothing.
-      state: memories to go on from. Runs token by token, from any place inside a chunk.
+      state: memories to go on from, at any place inside a chunk, another one in every row. Runs
+        token by token where there are fewer tokens than a chunk has.
       return_state: also return the memories.
 
     Returns:
@@ -162,7 +163,8 @@ def miras(
     Cost: O(t) times the size of the memory; chunks are recomputed in the backward pass.
 
     Raises:
-      ValueError: on shapes that do not fit together, or a chunk size below 1.
+      ValueError: on shapes that do not fit together, a chunk size below 1, or segment_ids together
+        with a state.
 
     Example: >>> miras(q, k, v, {"matrix": w0}, alpha=keep, eta=step, rule=YAAD).shape
     """
@@ -182,23 +184,28 @@ def miras(
     real = jnp.ones((b, t), bool) if valid is None else valid
     start = {n: jnp.broadcast_to(x.astype(dtype)[None], (b, *x.shape)) for n, x in initial.items()}
     seen = jnp.zeros((b,), jnp.int32) if state is None else state.seen
+    held: Any = (start, start)
+    if state is not None:
+        fresh = (seen == 0)[:, None, None, None]
+        held = _choose(fresh, held, (state.raw, state.start))
     q, k, v = (x.astype(dtype) for x in (query, key, value))
     tokens = _Tokens(q, k, v, kept, step, far)
-    if state is None and segment_ids is None:
-        run = functools.partial(_chunked, rule, chunk_size)
-        flags: tuple[jax.Array, ...] = (real,)
-        memories = (start,)
+    flags: tuple[Any, ...] = (real, seen % chunk_size)
+    # fewer tokens than a chunk that go on from a state are not worth the room before and behind
+    if segment_ids is None and (state is None or t >= max(chunk_size, 2)):
+        size = min(chunk_size, t) if state is None else chunk_size
+        run: Any = functools.partial(_chunked, rule, size, state is not None)
     else:
         place = seen[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
         if segment_ids is not None:
             check_segments(name, segment_ids, b, t)
-            place = _places(segment_ids)
-        run = functools.partial(_recurrent, rule)
+            if state is not None:
+                raise ValueError(f"{name}: segment_ids with a state are not supported; pass one.")
+            place = jnp.arange(t, dtype=jnp.int32)[None] - document_starts(segment_ids)
+        run, held = functools.partial(_recurrent, rule, min(chunk_size, t)), (*held, start)
         flags = (real, place == 0, place % chunk_size == 0)
-        held = (start, start) if state is None else (state.raw, state.start)
-        memories = (start, *held)
     over_heads = jax.vmap(run, in_axes=(0, 1, None), out_axes=(1, 0))  # tokens [t, h, ...]
-    out, held = jax.vmap(over_heads)(memories, tokens, flags)
+    out, held = jax.vmap(over_heads)(held, tokens, flags)
     out = out.astype(value.dtype)
     if not return_state:
         return out
@@ -322,27 +329,39 @@ def _advance(rule: MirasRule, raw: Any, factors: Any, alpha: Any, eta: Any) -> d
 # --------------------------------------------------------------------- over tokens and chunks
 
 
-def _recurrent(rule: MirasRule, memories: Any, tokens: _Tokens, flags: Any) -> Any:
-    """Token by token: the definition. Flags [t]: real, starts a segment, starts a chunk."""
-    initial, raw, start = memories
+def _choose(flag: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
 
-    def choose(flag: jax.Array, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
+
+def _cut(x: jax.Array, size: int, behind: int = 0) -> jax.Array:
+    """[t, ...] -> [chunks, size, ...], zeros at the end: at least `behind` of them."""
+    pad = behind + -(x.shape[0] + behind) % size
+    return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+
+
+def _recurrent(rule: MirasRule, size: int, held: Any, tokens: _Tokens, flags: Any) -> Any:
+    """Token by token: the definition. Flags [t]: real, starts a segment, starts a chunk."""
+    *memories, initial = held
 
     def step(held: Any, given: Any) -> Any:
-        token, (real, first, refresh) = given
-        raw = choose(first, initial, held[0])
-        start = choose(refresh, raw, held[1])
+        (raw, start), (token, (real, first, refresh)) = held, given
+        raw = _choose(first, initial, raw)
+        start = _choose(refresh, raw, start)
         factors = _factors(
             rule, memory_weights(start, rule), token.key[None], token.value[None], token.delta[None]
         )
         factors = jax.tree.map(lambda x: x[0], factors)
         new = _advance(rule, raw, factors, token.alpha, token.eta)
-        read = _read_weights(rule, new, start)
-        return choose(real, (new, start), held), _predict(read, token.query)
+        read = _predict(_read_weights(rule, new, start), token.query)
+        return _choose(real, (new, start), held), read
 
-    held, out = lax.scan(step, (raw, start), (tokens, flags))
-    return out, held
+    @jax.checkpoint
+    def block(held: Any, given: Any) -> Any:
+        return lax.scan(step, held, given)
+
+    blocks = jax.tree.map(lambda x: _cut(x, size), (tokens, flags))
+    held, out = lax.scan(block, tuple(memories), blocks)
+    return out.reshape(-1, out.shape[-1])[: len(tokens.query)], held
 
 
 def _read_weights(rule: MirasRule, raw: Any, start: Any) -> dict[str, jax.Array]:
@@ -352,47 +371,57 @@ def _read_weights(rule: MirasRule, raw: Any, start: Any) -> dict[str, jax.Array]
     return memory_weights(raw, rule)
 
 
-def _chunked(rule: MirasRule, size: int, memories: Any, tokens: _Tokens, flags: Any) -> Any:
-    """Chunk by chunk; flags [t]: real."""
-    (initial,), (real,) = memories, flags
+def _chunked(
+    rule: MirasRule, size: int, goes_on: bool, held: Any, tokens: _Tokens, flags: Any
+) -> Any:
+    """Chunk by chunk. Flags: real [t], and the tokens of the first chunk that came before.
+
+    Where it goes on, tokens move behind room for those before: chunks begin at multiples of `size`
+    of the whole text.
+    """
+    real, before = flags
     t = tokens.query.shape[0]
-    real = real[:, None]
-    tokens = tokens._replace(  # padding keeps everything and learns nothing
-        alpha=jnp.where(real, tokens.alpha, jnp.ones_like(tokens.alpha)),
-        eta=jnp.where(real, tokens.eta, jnp.zeros_like(tokens.eta)),
-    )
-    pad = -t % size
 
-    def cut(x: jax.Array, fill: Any = 0) -> jax.Array:
-        x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
-        return x.reshape(-1, size, *x.shape[1:])
+    def cut(x: jax.Array) -> jax.Array:
+        x = _cut(x, size, size - 1 if goes_on else 0)
+        return jnp.roll(x.reshape(-1, *x.shape[2:]), before, 0).reshape(x.shape) if goes_on else x
 
-    fill = {name: 1 if name in ("alpha", "delta") else 0 for name in tokens._fields}
-    filled = _Tokens(**{name: cut(x, fill[name]) for name, x in tokens._asdict().items()})
-
-    @jax.checkpoint
     def chunk(held: Any, given: Any) -> Any:
-        (raw, before), (tokens, real) = held, given
-        factors = _factors(rule, memory_weights(raw, rule), tokens.key, tokens.value, tokens.delta)
+        tokens, real, fresh = given
+        some = real.any()
+        raw, start = held
+        start = _choose(fresh & some, raw, start)
+        real = real[:, None]
+        tokens = tokens._replace(  # padding keeps everything and learns nothing
+            alpha=jnp.where(real, tokens.alpha, jnp.ones_like(tokens.alpha)),
+            eta=jnp.where(real, tokens.eta, jnp.zeros_like(tokens.eta)),
+        )
+        weights = memory_weights(start, rule)
+        factors = _factors(rule, weights, tokens.key, tokens.value, tokens.delta)
         inside = _linear_chunk if rule.linear else _exact_chunk
-        new, out = inside(rule, raw, factors, tokens)
-        before = jax.tree.map(lambda x, y: jnp.where(real.any(), x, y), raw, before)
-        return (new, before), out
+        new, out = inside(rule, raw, start, factors, tokens)
+        return (_choose(some, new, raw), start), out
 
-    held, out = lax.scan(chunk, (initial, initial), (filled, cut(real)))
-    return out.reshape(-1, out.shape[-1])[:t], held
+    chunks, real = jax.tree.map(cut, tokens), cut(real)
+    fresh = (jnp.arange(len(real)) > 0) | (before == 0)
+    held, out = lax.scan(jax.checkpoint(chunk), held, (chunks, real, fresh))
+    out = out.reshape(-1, out.shape[-1])
+    return (jnp.roll(out, -before, 0) if goes_on else out)[:t], held
 
 
-def _exact_chunk(rule: MirasRule, start: Any, factors: Any, tokens: _Tokens) -> Any:
+def _exact_chunk(rule: MirasRule, raw: Any, start: Any, factors: Any, tokens: _Tokens) -> Any:
+    """A token after another, as R is not linear; gradients are those at `start`."""
+
     def step(raw: Any, given: Any) -> Any:
         query, alpha, eta, factors = given
         raw = _advance(rule, raw, factors, alpha, eta)
         return raw, _predict(_read_weights(rule, raw, start), query)
 
-    return lax.scan(step, start, (tokens.query, tokens.alpha, tokens.eta, factors))
+    return lax.scan(step, raw, (tokens.query, tokens.alpha, tokens.eta, factors))
 
 
-def _linear_chunk(rule: MirasRule, start: Any, factors: Any, tokens: _Tokens) -> Any:
+def _linear_chunk(rule: MirasRule, raw: Any, start: Any, factors: Any, tokens: _Tokens) -> Any:
+    """All tokens at once from A = raw on; `start` gives the factor of reading."""
     tiny = jnp.finfo(tokens.alpha.dtype).tiny
     log_kept = jnp.cumsum(jnp.log(jnp.maximum(tokens.alpha, tiny)), axis=0)
     size = log_kept.shape[0]
@@ -409,10 +438,10 @@ def _linear_chunk(rule: MirasRule, start: Any, factors: Any, tokens: _Tokens) ->
             new = _einsum("ti,ir->tr", scores * jnp.exp(gap[..., 0]), written)
         else:
             new = _einsum("ti,tir,ir->tr", scores, jnp.exp(gap), written)
-        y = jnp.exp(kept) * _einsum("rc,tc->tr", start[name], x) - new
+        y = jnp.exp(kept) * _einsum("rc,tc->tr", raw[name], x) - new
         return y * _scale(rule, start[name]) if rule.retention == "q_norm" else y
 
-    if "matrix" in start:
+    if "matrix" in raw:
         out = apply("matrix", tokens.query)
     else:
         hidden = _gelu(apply("up", tokens.query))
@@ -421,17 +450,8 @@ def _linear_chunk(rule: MirasRule, start: Any, factors: Any, tokens: _Tokens) ->
     for name, (g, keys) in factors.items():
         kept = _rows(log_kept, g.shape[1])
         written = jnp.exp(kept[-1:] - kept) * _rows(tokens.eta, g.shape[1]) * g
-        new[name] = jnp.exp(kept[-1])[:, None] * start[name] - _einsum("ir,ic->rc", written, keys)
+        new[name] = jnp.exp(kept[-1])[:, None] * raw[name] - _einsum("ir,ic->rc", written, keys)
     return new, out
-
-
-def _places(segment_ids: jax.Array) -> jax.Array:
-    """Index of every token in its segment: [b, t]."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    first = jnp.pad(
-        segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
-    return index - lax.cummax(jnp.where(first, index, jnp.zeros_like(index)), axis=1)
 
 
 def _gate(name: str, label: str, x: jax.Array, query: jax.Array, dtype: Any) -> jax.Array:
@@ -465,7 +485,7 @@ def _check(name: str, q: Any, k: Any, v: Any, initial: Any, chunk_size: int) -> 
             )
 
 
-class Miras(SequenceMixer):
+class Miras(LinearMixer):
     """A Miras layer: projections, short convolutions, rotary positions, unit keys, memory, gate.
 
     Args:
@@ -473,16 +493,20 @@ class Miras(SequenceMixer):
       variant: "moneta", "yaad" or "memora".
       memory: "mlp" or "matrix", one for each head. Paper: "mlp".
       expansion: hidden units of the MLP over its width. Paper: 4.
-      chunk_size: as for `miras`.
+      chunk_size: as for `miras`; sizes are different mechanisms. Paper: 16 and 64.
       gate_rank: width of the map from the input to gates by channel, paper 32 and 64; None gives
         one gate per head.
-      conv_width: of the convolutions on queries, keys and values, in tokens; 1 is none. Paper: 4.
+      conv_size: taps of the convolutions on queries, keys and values, in tokens; None is none.
+        Paper: 4.
       p, q, norm: as in `MirasRule`.
       rngs: stream `params`.
       **options: of `SequenceMixer`.
+
+    Raises:
+      ValueError: on an unknown variant or memory, or a size below 1.
+      NotImplementedError: for dropout, and for keys and values of other widths.
     """
 
-    sites = HEAD_SITES
     rotary = True
 
     def __init__(
@@ -497,34 +521,33 @@ class Miras(SequenceMixer):
         expansion: int = 4,
         chunk_size: int = 16,
         gate_rank: int | None = 32,
-        conv_width: int = 4,
+        conv_size: int | None = 4,
         p: float = 3.0,
         q: float = 4.0,
         norm: str = "token",
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
+        super().__init__(
+            num_heads, in_features, qkv_features, out_features, chunk_size=chunk_size, rngs=rngs,
+            **options,
+        )  # fmt: skip
+        if not self.key_dim == self.value_dim == self.head_dim:
+            raise NotImplementedError(
+                "Miras: key_factor and value_factor are not supported, a memory answers keys with "
+                "values of the same width; change qkv_features."
+            )
         for label, given, known in (("variant", variant, RULES), ("memory", memory, MEMORIES)):
             if given not in known:
                 raise ValueError(f"Miras: {label} must be one of {tuple(known)}, got {given!r}.")
-        for label, size in (("chunk_size", chunk_size), ("conv_width", conv_width)):
-            if size < 1:
+        for label, size in (("expansion", expansion), ("gate_rank", gate_rank)):
+            if size is not None and size < 1:
                 raise ValueError(f"Miras: {label} must be at least 1, got {size}.")
-        self._dropout_unsupported()
+        self.chunk_size: int = chunk_size
         self.rule = dataclasses.replace(RULES[variant], p=p, q=q, norm=norm)
-        self.chunk_size, self.conv_width = chunk_size, conv_width
         by_head = (num_heads, self.head_dim)
-        self.query, self.key, self.value, self.gate = (
-            self.projection(by_head, rngs=rngs) for _ in range(4)
-        )
-        self.convs = nnx.data(None)
-        if conv_width > 1:
-            bound = conv_width**-0.5
-            draw = functools.partial(
-                jax.random.uniform, shape=(3, conv_width, *by_head), minval=-bound, maxval=bound
-            )
-            self.convs = self.parameter(draw(rngs.params()), (None, None, "heads", "head_dim"))
+        self.query, self.key, self.value = (self.projection(by_head, rngs=rngs) for _ in range(3))
+        self.convolutions(conv_size, activation="identity", value_activation="identity", rngs=rngs)
         self.gate_in = nnx.data(None)
         if gate_rank is None:
             self.gates = self.projection((2, num_heads), (None, "heads"), rngs=rngs)
@@ -537,50 +560,31 @@ class Miras(SequenceMixer):
         self.threshold = nnx.data(None)
         if self.rule.needs_threshold:
             self.threshold = self.projection(num_heads, ("heads",), rngs=rngs)
-        hidden = expansion * self.head_dim
-        sizes = {"matrix": by_head[1:] * 2, "up": (hidden, *by_head[1:]),
-                 "down": (*by_head[1:], hidden)}  # fmt: skip
+        d, hidden = self.head_dim, expansion * self.head_dim
+        sizes = {"matrix": (d, d), "up": (hidden, d), "down": (d, hidden)}
         self.initial = nnx.data({})
         for name in MEMORIES[memory]:
             matrix = jax.random.normal(rngs.params(), (num_heads, *sizes[name]))
             if self.rule.retention != "entropy":
                 matrix = matrix * sizes[name][1] ** -0.5
             self.initial[name] = self.parameter(matrix, ("heads", None, None))
-        self.norm = RMSNorm(self.head_dim, axis="head_dim", param_dtype=self.param_dtype)
-        self.out = self.output_projection(rngs=rngs)
+        self.output_layers(gate=True, rngs=rngs)
 
-    def _dropout_unsupported(self) -> None:
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"Miras: dropout_rate={self.dropout_rate} is not supported, there are no weights "
-                "to drop; leave it 0."
-            )
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> StateCache:
-        """Empty memories.
-
-        Args:
-          batch: rows.
-          max_length: unused; the memories are as large for any length.
-          dtype: of the memories; None is float32, or float64 where the parameters are. 16 bits are
-            widened to float32.
-        """
-        del max_length
-        self._require_decoding()
-        dtype = state_dtype(self.param_dtype if dtype is None else dtype)
-        shapes = {name: matrix[...].shape for name, matrix in self.initial.items()}
-        shapes |= {f"start_{name}": shape for name, shape in shapes.items()}
-        if self.convs is not None:
-            window = (self.conv_width - 1, self.num_heads, self.head_dim)
-            shapes |= dict.fromkeys(("query", "key", "value"), window)
-        return StateCache.create(batch, shapes, dtype)
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one row's memories, of the moment and before its chunk, and convolutions."""
+        shapes = super().state_shapes()
+        del shapes["state"]
+        for name, matrix in self.initial.items():
+            shapes |= {name: matrix.shape, f"start_{name}": matrix.shape}
+        return shapes
 
     def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d]."""
         x, cache = call.x, call.cache
-        parts, states = self._convolve(call, (self.query(x), self.key(x), self.value(x)))
+        states: dict[str, jax.Array] = {}
+        parts = (self.convolved(call, part, states) for part in ("query", "key", "value"))
         q, k, v = self.heads(call, *parts)
-        q, k = (_unit(y) for y in self.rotate(call, q, k))
+        q, k = (unit_norm(y, 1e-12) for y in self.rotate(call, q, k))
         dtype = state_dtype(x.dtype)
         gates = self.gates(x if self.gate_in is None else self.gate_in(x)).astype(dtype)
         initial = {name: matrix[...].astype(dtype) for name, matrix in self.initial.items()}
@@ -589,8 +593,8 @@ class Miras(SequenceMixer):
             delta = jax.nn.softplus(self.threshold(x).astype(dtype))
         state = None
         if cache is not None:
-            start = {name: cache.state[f"start_{name}"] for name in initial}
-            state = MirasState({name: cache.state[name] for name in initial}, start, cache.length)
+            raw, start = ({n: cache.state[at + n] for n in initial} for at in ("", "start_"))
+            state = MirasState(raw, start, cache.length)
         # at the start some 5 % are forgotten per token, and steps of 0.3 are safe for unit keys
         z = miras(
             q, k, v, initial, alpha=jax.nn.sigmoid(gates[:, :, 0] + 3),
@@ -602,25 +606,7 @@ class Miras(SequenceMixer):
             z, new = z
             states |= new.raw | {f"start_{name}": matrix for name, matrix in new.start.items()}
             call.cache = cache.next(call.count, **states)
-        return self.norm(z).astype(x.dtype) * jax.nn.silu(self.gate(x))
-
-    def _convolve(self, call: Call, parts: Any) -> tuple[Any, dict[str, jax.Array]]:
-        if self.convs is None:
-            return parts, {}
-        out, states = [], {}
-        for name, part, kernel in zip(("query", "key", "value"), parts, self.convs[...]):
-            past = None if call.cache is None else call.cache.state[name].astype(part.dtype)
-            y, states[name] = causal_conv(
-                part, kernel, state=past, segment_ids=call.segment_ids, valid=call.valid
-            )
-            out.append(y)
-        return out, states
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """X by its length, at least 1e-6, in float32."""
-    wide = x.astype(state_dtype(x.dtype))
-    return (wide * lax.rsqrt((wide * wide).sum(-1, keepdims=True) + 1e-12)).astype(x.dtype)
+        return self.gated(call, z)
 
 
 def _example() -> tuple[Miras, jax.Array]:

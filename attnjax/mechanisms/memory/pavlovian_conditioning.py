@@ -27,9 +27,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attnjax.cache.linear_state import LinearCache, state_dtype
+from attnjax.cache.linear_state import state_dtype
 from attnjax.mechanisms.linear.linear_attention import linear_attention
-from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
+from attnjax.mechanisms.linear.linear_mixer import LinearMixer, unit_norm
+from attnjax.mixer import Call
 from attnjax.spec import Mechanism
 
 RULES = ("hebb", "decay", "delta")
@@ -80,6 +81,10 @@ def pavlovian_conditioning(
     b, t, h, _ = query.shape
     dtype = state_dtype(query.dtype)
     rate = jnp.asarray(eta, dtype)
+    if rate.shape not in ((), (h,), (b, t, h)):
+        raise ValueError(
+            f"{name}: eta must be a number or have shape {(h,)} or {(b, t, h)}, got {rate.shape}."
+        )
     rate = jnp.broadcast_to(rate if rate.ndim == 3 else rate.reshape(1, 1, -1), (b, t, h))
     if valid is not None:
         rate = jnp.where(valid[:, :, None], rate, jnp.zeros_like(rate))
@@ -195,6 +200,7 @@ def capacity_curve(
     trials: int = 8,
     read: str = "linear",
     beta: float = 16.0,
+    noise: float = 0.0,
 ) -> Float[Array, " l"]:
     """Accuracy of recall of n random unit associations, for every n of `loads`.
 
@@ -205,16 +211,18 @@ def capacity_curve(
       trials: to average over.
       read: "linear", Hebb's recall; or "softmax", softmax attention at this `beta`, as control.
       beta: inverse temperature of the control.
+      noise: length of the random vector that is added to each stored key to make the query; the
+        query is then scaled to length 1. 0 asks with the stored keys themselves.
     """
     if read not in ("linear", "softmax"):
         raise ValueError(f"capacity_curve: read must be 'linear' or 'softmax', got {read!r}.")
 
     def one(rng: Any, n: int) -> jax.Array:
-        first, second = jax.random.split(rng)
-        k, v = (
-            _unit(jax.random.normal(r, (n, d))) for r, d in ((first, key_dim), (second, value_dim))
+        k, v, error = (
+            unit_norm(jax.random.normal(r, (n, d)))
+            for r, d in zip(jax.random.split(rng, 3), (key_dim, value_dim, key_dim), strict=True)
         )
-        scores = k @ k.T
+        scores = unit_norm(k + noise * error) @ k.T
         weights = scores if read == "linear" else jax.nn.softmax(beta * scores, axis=-1)
         return recall_quality(k, v, weights @ v)["accuracy"]
 
@@ -246,13 +254,13 @@ def error_propagation(
     maps, stream, noise = jax.random.split(rng, 3)
     # orthogonal maps: each contribution is as large as the stream's start
     weights = jnp.linalg.qr(jax.random.normal(maps, (layers, width, width)))[0]
-    x = _unit(jax.random.normal(stream, (trials, width)))
-    drawn = _unit(jax.random.normal(noise, (layers, trials, heads, width)))
+    x = unit_norm(jax.random.normal(stream, (trials, width)))
+    drawn = unit_norm(jax.random.normal(noise, (layers, trials, heads, width)))
 
     def layer(carry: Any, given: Any) -> Any:
         clean, noisy = carry
         weight, bad = given
-        update = _unit(clean @ weight)
+        update = unit_norm(clean @ weight)
         return (clean + update, noisy + update + error * bad.mean(1)), None
 
     (clean, noisy), _ = lax.scan(layer, (x, x), (weights, drawn))
@@ -260,12 +268,7 @@ def error_propagation(
     return measured, jnp.asarray(error * math.sqrt(layers / heads), measured.dtype)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    wide = x.astype(state_dtype(x.dtype))
-    return (wide * lax.rsqrt((wide * wide).sum(-1, keepdims=True) + 1e-12)).astype(x.dtype)
-
-
-class PavlovianConditioning(SequenceMixer):
+class PavlovianConditioning(LinearMixer):
     """Multi-head `pavlovian_conditioning` with unit queries and keys.
 
     Args:
@@ -274,12 +277,13 @@ class PavlovianConditioning(SequenceMixer):
       eta: η in (0, 1), where every head's rate starts.
       gamma: γ in (0, 1), likewise, for "decay".
       gated: η by token, times the sigmoid of a linear map of the input: how salient it is.
-      chunk_size: as for `linear_attention`.
       rngs: stream `params`.
-      **options: of `SequenceMixer`.
+      **options: of `LinearMixer` and `SequenceMixer`.
+
+    Raises:
+      ValueError: on an unknown rule, or a rate outside of (0, 1).
     """
 
-    sites = HEAD_SITES
     rotary = True
 
     def __init__(
@@ -293,7 +297,6 @@ class PavlovianConditioning(SequenceMixer):
         eta: float = 0.5,
         gamma: float = 0.1,
         gated: bool = False,
-        chunk_size: int | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -304,57 +307,41 @@ class PavlovianConditioning(SequenceMixer):
                 raise ValueError(
                     f"PavlovianConditioning: {label} must be between 0 and 1, got {rate}."
                 )
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"PavlovianConditioning: dropout_rate={self.dropout_rate} is not supported, there "
-                "are no weights to drop; leave it 0."
-            )
-        self.rule, self.chunk_size = rule, chunk_size
-        by_head = (num_heads, self.head_dim)
-        self.query, self.key, self.value = (self.projection(by_head, rngs=rngs) for _ in range(3))
-        self.out = self.output_projection(rngs=rngs)
+        self.rule = rule
+        self.query, self.key = (
+            self.projection((num_heads, self.key_dim), rngs=rngs) for _ in range(2)
+        )
+        self.value = self.projection((num_heads, self.value_dim), rngs=rngs)
+        self.out = self.output_projection(self.value_dim, rngs=rngs)
         # logits of the rates
         self.eta = self.parameter(jnp.full((num_heads,), math.log(eta / (1 - eta))), ("heads",))
-        self.gamma, self.gate = nnx.data(None), nnx.data(None)
+        self.gamma, self.salience = nnx.data(None), nnx.data(None)
         if rule == "decay":
             start = math.log(gamma / (1 - gamma))
             self.gamma = self.parameter(jnp.full((num_heads,), start), ("heads",))
         if gated:
-            self.gate = self.projection(num_heads, ("heads",), rngs=rngs)
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> LinearCache:
-        """No associations yet.
-
-        Args:
-          batch: rows.
-          max_length: unused; the state is as large for any length.
-          dtype: of the state; None is float32, or float64 where the parameters are. 16 bits are
-            widened to float32.
-        """
-        del max_length
-        self._require_decoding()
-        dtype = state_dtype(self.param_dtype if dtype is None else dtype)
-        return LinearCache.create(batch, self.num_heads, self.head_dim, self.head_dim, dtype)
+            self.salience = self.projection(num_heads, ("heads",), rngs=rngs)
 
     def mix(self, call: Call) -> jax.Array:
-        """Z [b, t, h, d]."""
+        """Z [b, t, h, e]."""
         x, cache = call.x, call.cache
         dtype = state_dtype(x.dtype)
         q, k, v = self.heads(call, self.query(x), self.key(x), self.value(x))
-        q, k = (_unit(y) for y in self.rotate(call, q, k))
+        q, k = (unit_norm(y) for y in self.rotate(call, q, k))
         eta = jax.nn.sigmoid(self.eta[...].astype(dtype))
-        if self.gate is not None:
-            eta = eta[None, None] * jax.nn.sigmoid(self.gate(x).astype(dtype))
+        if self.salience is not None:
+            eta = eta[None, None] * jax.nn.sigmoid(self.salience(x).astype(dtype))
         gamma = 0.0 if self.gamma is None else jax.nn.sigmoid(self.gamma[...].astype(dtype))
         out = pavlovian_conditioning(
             q, k, v, rule=self.rule, eta=eta, gamma=gamma, valid=call.valid,
             segment_ids=call.segment_ids, chunk_size=self.chunk_size,
-            initial_state=None if cache is None else cache.state, return_state=cache is not None,
+            initial_state=None if cache is None else cache.state["state"],
+            return_state=cache is not None,
         )  # fmt: skip
         if cache is None:
             return out
         z, state = out
-        call.cache = LinearCache(state.astype(cache.state.dtype), cache.length + call.count)
+        call.cache = cache.next(call.count, state=state)
         return z
 
 

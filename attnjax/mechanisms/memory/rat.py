@@ -29,12 +29,12 @@ from attnjax.attention import attention
 from attnjax.cache import StateCache
 from attnjax.cache.base import check_room, write_rows
 from attnjax.cache.linear_state import state_dtype
-from attnjax.masks import Mask
+from attnjax.documents import document_starts
+from attnjax.masks import EarlierChunks
 from attnjax.merge import merge_attention
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
-from pallas_kernels.maskprogram import floor_div, mask_node, to_class
 
 paper_kernel_init = nnx.initializers.normal(0.02)
 
@@ -82,7 +82,7 @@ def rat_attention(
         index = jnp.arange(t, dtype=jnp.int32)[None]
         k, v = _chunked_states(gate, key, value, chunk)
     else:
-        index = jnp.arange(t, dtype=jnp.int32)[None] - _document_starts(segment_ids)
+        index = jnp.arange(t, dtype=jnp.int32)[None] - document_starts(segment_ids)
         k, v = rat_states(gate, key, value, index % chunk == 0)
     k = _rotate(k, index // chunk, rope_base)
     q = _rotate(query, index // chunk, rope_base)
@@ -162,13 +162,6 @@ def _rotate(x: jax.Array, positions: jax.Array, base: float | None) -> jax.Array
     return apply_rope(x, positions, inv_freq, attention_factor=factor)
 
 
-def _document_starts(ids: jax.Array) -> jax.Array:
-    """[b, t] index of the first token of each token's document."""
-    t = ids.shape[1]
-    new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(new, jnp.arange(t, dtype=jnp.int32)[None], 0), axis=1)
-
-
 def _document_ends(
     k: jax.Array, v: jax.Array, ends: jax.Array, ids: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -182,21 +175,6 @@ def _document_ends(
     seen = same & (at[:, None] < tokens[:, :, None])
     k, v = (jnp.take_along_axis(s, found[..., None, None], axis=1) for s in (k, v))
     return k, v, seen[:, None]
-
-
-@mask_node()
-class EarlierChunks(Mask):
-    """Key n is the state of chunk n, which the tokens of later chunks see: n < floor(q / chunk)."""
-
-    chunk: int
-
-    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """The query's chunk comes after the key's."""
-        return k < floor_div(q, self.chunk)
-
-    def _classify(self, xp, b, h, q0, q1, k0, k1):
-        first, last = floor_div(q0, self.chunk), floor_div(q1 - 1, self.chunk)
-        return to_class(xp, k0 >= last, k1 - 1 < first)
 
 
 def _check_chunk(name: str, chunk_size: int) -> None:

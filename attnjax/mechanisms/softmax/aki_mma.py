@@ -16,21 +16,20 @@ Attention for Multimodal LLMs", 2025, arXiv:2503.02597; official code sony/aki.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.core import Tracer
+from jaxtyping import Array, Float
 
 from attnjax.attention import attention
-from attnjax.masks import Causal, Mask
-from attnjax.masks.multihop import Rectangle
+from attnjax.masks import Causal, Mask, Rectangle
 from attnjax.mechanisms.softmax.masking_multihop_qa import PromptAttention
+from attnjax.mixer import Call
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
 
 
 def modality_mutual_mask(spans: Any) -> Mask:
@@ -92,58 +91,32 @@ class ModalityMutualAttention(PromptAttention):
 
     Without spans it is causal attention.
 
+    A call takes `spans` [b, n, 3] as in `modality_mutual_mask`; None is text alone. With a cache,
+    an image and its text come in one call, and later calls need not name them.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       **options: of `SequenceMixer`.
     """
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        spans: Int[Array, "b n 3"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; arguments not named here are those of `SequenceMixer`.
+    further = ("spans",)
 
-        Args:
-          x: [b, t, in_features].
-          spans: [b, n, 3] as in `modality_mutual_mask`; None is text alone. With a cache, an image
-            and its text come in one call, and later calls need not name them.
-          mask, positions, segment_ids, cache, valid: as in `SequenceMixer`.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
-
-        Returns:
-          As `SequenceMixer`.
-        """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        layout = None
-        if spans is not None:
-            layout = modality_mutual_mask(spans)
-            if spans.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"{type(self).__name__}: spans must have shape [batch, images, 3] with batch "
-                    f"{x.shape[0]}, got {spans.shape}."
-                )
-            for i in range(spans.shape[1] if cache is not None else 0):
-                first, text, stop = (spans[:, i, j] for j in range(3))
-                some = (first < text) & (text < stop)
-                self.in_one_piece(
-                    call, "an image and its text", first, jnp.where(some, stop, first)
-                )
-        y = self.finish(call, self.see(call, layout))
-        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        spans = call.further["spans"]
+        if spans is None:
+            return self.see(call, None)
+        if spans.ndim != 3 or spans.shape[0] != call.x.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: spans must have shape [batch, images, 3] with batch "
+                f"{call.x.shape[0]}, got {spans.shape}."
+            )
+        layout = modality_mutual_mask(spans)
+        for i in range(spans.shape[1] if call.cache is not None else 0):
+            first, text, stop = (spans[:, i, j] for j in range(3))
+            some = (first < text) & (text < stop)
+            self.in_one_piece(call, "an image and its text", first, jnp.where(some, stop, first))
+        return self.see(call, layout)
 
 
 def _spans(name: str, spans: Any) -> Any:
@@ -154,7 +127,7 @@ def _spans(name: str, spans: Any) -> Any:
             f"{name}: spans must have shape [3], [images, 3] or [batch, images, 3], each (image, "
             f"text, end of text), got {spans.shape}."
         )
-    if isinstance(spans, np.ndarray) and (np.diff(spans) < 0).any():
+    if not isinstance(spans, Tracer) and (np.diff(np.asarray(spans, int)) < 0).any():
         raise ValueError(
             f"{name}: each span must be in order, image <= text <= end, got {spans.tolist()}."
         )

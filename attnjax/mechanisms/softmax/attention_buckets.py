@@ -25,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
+from pallas_kernels.tilemath import accumulator_dtype
 
 PRESETS = {
     "tool": (10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0),
@@ -42,8 +43,8 @@ MERGES = ("logits", "probs")
 
 def bucket_weights(logits: Float[Array, "j *b v"]) -> Float[Array, "j *b"]:
     """Confidence of each run: w = softmax_j(max_v l_jv), in float32 or wider."""
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    return jax.nn.softmax(logits.astype(wide).max(-1), axis=0)
+    wide = logits.astype(accumulator_dtype(logits.dtype))
+    return jax.nn.softmax(wide.max(-1), axis=0)
 
 
 def merge_buckets(logits: Float[Array, "j *b v"], merge: str = "logits") -> Float[Array, "*b v"]:
@@ -67,8 +68,7 @@ def merge_buckets(logits: Float[Array, "j *b v"], merge: str = "logits") -> Floa
     if merge == "logits":
         weights = bucket_weights(logits)
         return (weights[..., None] * logits.astype(weights.dtype)).sum(0)
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    log_p = jax.nn.log_softmax(logits.astype(wide), axis=-1)
+    log_p = jax.nn.log_softmax(logits.astype(accumulator_dtype(logits.dtype)), axis=-1)
     log_w = jax.nn.log_softmax(log_p.max(-1), axis=0)
     return jax.nn.logsumexp(log_w[..., None] + log_p, axis=0)
 
@@ -224,12 +224,25 @@ class BucketModel(nnx.Module):
         return self.model.init_cache(self.num_bases * batch, max_length, dtype)
 
     def hidden(
-        self, tokens: Int[Array, "b t"], *, cache: Any = None, valid: Any = None, **options: Any
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: Any = None,
+        valid: Bool[Array, "b t"] | None = None,
+        deterministic: bool | None = None,
     ) -> Any:
-        """Hidden states of all runs side by side, [b, t, J m], and the cache where one is given."""
-        tiled = jnp.tile(tokens, (self.num_bases, 1))
-        valid = None if valid is None else jnp.tile(valid, (self.num_bases, 1))
-        result = self.model.hidden(tiled, cache=cache, valid=valid, **options)
+        """Hidden states of all runs side by side, [b, t, J m], and the cache where one is given.
+
+        Args:
+          tokens: indices in the vocabulary.
+          positions, segment_ids, valid, deterministic: as in `LanguageModel`.
+          cache: from `init_cache`, or of an earlier call.
+        """
+        rows = dict(tokens=tokens, positions=positions, segment_ids=segment_ids, valid=valid)
+        rows = jax.tree.map(lambda x: jnp.tile(x, (self.num_bases, 1)), rows)
+        result = self.model.hidden(**rows, cache=cache, deterministic=deterministic)
         states = result if cache is None else result[0]
         b, t = tokens.shape
         states = states.reshape(self.num_bases, b, t, -1).transpose(1, 2, 0, 3).reshape(b, t, -1)
@@ -242,9 +255,9 @@ class BucketModel(nnx.Module):
         logits = self.model.unembed(runs.reshape(self.num_bases * b, t, -1))
         return merge_buckets(logits.reshape(self.num_bases, b, t, -1), self.merge)
 
-    def __call__(self, tokens: Int[Array, "b t"], *, cache: Any = None, valid: Any = None) -> Any:
-        """Merged logits [b, t, v], and the cache where one is given."""
-        result = self.hidden(tokens, cache=cache, valid=valid)
+    def __call__(self, tokens: Int[Array, "b t"], *, cache: Any = None, **options: Any) -> Any:
+        """Merged logits [b, t, v], and the cache where one is given; options as in `hidden`."""
+        result = self.hidden(tokens, cache=cache, **options)
         return self.unembed(result) if cache is None else (self.unembed(result[0]), result[1])
 
 

@@ -19,32 +19,24 @@ arXiv:2410.15926; official code xing0047/cca-llava.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attnjax.attention import attention
 from attnjax.cache import DenseCache
 from attnjax.cache.base import cache_bytes, new_positions
-from attnjax.masks import Causal, Mask
-from attnjax.masks.multihop import Rectangle
+from attnjax.masks import Causal, Mask, Rectangle
+from attnjax.masks.arguments import of_row, size_along
 from attnjax.mechanisms.softmax.masking_multihop_qa import PromptAttention
+from attnjax.mixer import Call
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
-from pallas_kernels.maskprogram import (
-    PARTIAL,
-    floor_div,
-    floor_mod,
-    like,
-    look_up,
-    mask_node,
-    to_class,
-)
+from pallas_kernels.maskprogram import PARTIAL, floor_div, floor_mod, mask_node
 
 
 def rings(side: int) -> Int[Array, "c c"]:
@@ -75,7 +67,7 @@ def concentric_positions(
       ValueError: when `side` is odd or less than 2.
     """
     _check_side("concentric_positions", side)
-    start = _column(image_start, index.shape[0])
+    start = jnp.asarray(image_start, jnp.int32).reshape(-1, 1)
     inside = index - start
     within = (inside >= 0) & (inside < side * side)
     ring = jnp.take(rings(side).reshape(-1), jnp.clip(inside, 0, side * side - 1))
@@ -130,24 +122,20 @@ class Rings(Mask):
     @property
     def batch_size(self) -> int | None:
         """Rows of `start`, None when one number serves all."""
-        return None if jnp.ndim(self.start) == 0 or self.start.shape[0] == 1 else len(self.start)
+        return size_along(0, self.start)
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """The key's ring is the query's or one further out."""
         return self._ring(b, k) <= self._ring(b, q)
 
     def _ring(self, b: Any, index: Any) -> Any:
-        start = self.start
-        if not isinstance(start, int):
-            start = like(look_up(start, b) if start.ndim else start, index)
-        row, column = floor_div(index - start, self.side), floor_mod(index - start, self.side)
-        last = self.side - 1
-        nearest = jnp.minimum(jnp.minimum(row, last - row), jnp.minimum(column, last - column))
-        return nearest
+        inside, last = index - of_row(self.start, index, b), self.side - 1
+        row, column = floor_div(inside, self.side), floor_mod(inside, self.side)
+        return jnp.minimum(jnp.minimum(row, last - row), jnp.minimum(column, last - column))
 
     def _classify(self, xp, b, h, q0, q1, k0, k1):
         # an image row holds all rings up to its own, so few tiles are empty or full
-        return to_class(xp, q0 != q0, q0 != q0) * PARTIAL
+        return xp.full(np.broadcast_shapes(q0.shape, k0.shape), PARTIAL, xp.int8)
 
 
 def concentric_causal_attention(
@@ -226,6 +214,10 @@ class ConcentricCausalAttention(PromptAttention):
 
     Without an image it is causal attention with rotary positions.
 
+    A call takes `image_start` [b], the index of each row's first image token, negative where it has
+    no image; None is the module's own. A cache remembers it; the image comes in one call. Positions
+    that a call gives replace those of the rings.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       image_side: H in tokens, even. Paper: 24.
@@ -236,6 +228,8 @@ class ConcentricCausalAttention(PromptAttention):
     Raises:
       ValueError: when `image_side` is odd or less than 2.
     """
+
+    further = ("image_start",)
 
     def __init__(
         self,
@@ -261,68 +255,34 @@ class ConcentricCausalAttention(PromptAttention):
         start = -1 if self.image_start is None else self.image_start
         return ConcentricCache(tokens, jnp.full((batch,), start, jnp.int32))
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        image_start: Int[Array, " b"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; arguments not named here are those of `SequenceMixer`.
-
-        Args:
-          x: [b, t, in_features].
-          image_start: [b], index of each row's first image token, negative where it has no image;
-            None is the module's own. A cache remembers it; the image comes in one call.
-          mask, segment_ids, valid: as in `SequenceMixer`.
-          positions: replace those of the rings; None counts by rings.
-          cache: from `init_cache`, or of an earlier call.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
-
-        Returns:
-          As `SequenceMixer`.
-        """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        b, t = x.shape[:2]
-        start = image_start
-        if start is None and cache is not None:
-            start = cache.image_start
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        b, t = call.x.shape[:2]
+        start, before = call.further["image_start"], call.cache
+        if start is None and before is not None:
+            start = before.image_start
         elif start is None and self.image_start is not None:
             start = jnp.full((b,), self.image_start, jnp.int32)
-        layout = None
-        if start is not None:
-            if start.shape != (b,):
-                raise ValueError(
-                    f"{type(self).__name__}: image_start must have shape [batch] = {(b,)}, got "
-                    f"{start.shape}."
-                )
-            if positions is None:
-                first = jnp.broadcast_to(jnp.asarray(call.start, jnp.int32), (b,))
-                call.positions = concentric_positions(
-                    new_positions(first, t), start, self.image_side
-                )
-            stop = jnp.where(start < 0, start, start + self.image_side**2)
-            self.in_one_piece(call, "the image", start, stop)
-            # a single new token is text: an image has at least four
-            layout = None if t == 1 else concentric_mask(start, self.image_side)
-        if cache is not None:
-            assert start is not None
-            call.cache = cache.tokens
-        y = self.finish(call, self.see(call, layout))
-        if cache is None:
-            return call.tap.result(y)
-        return call.tap.result(y, ConcentricCache(call.cache, start.astype(jnp.int32)))
+        if start is None:
+            return self.see(call, None)
+        if start.shape != (b,):
+            raise ValueError(
+                f"{type(self).__name__}: image_start must have shape [batch] = {(b,)}, got "
+                f"{start.shape}."
+            )
+        if not call.placed:
+            first = jnp.broadcast_to(jnp.asarray(call.start, jnp.int32), (b,))
+            call.positions = concentric_positions(new_positions(first, t), start, self.image_side)
+        stop = jnp.where(start < 0, start, start + self.image_side**2)
+        self.in_one_piece(call, "the image", start, stop)
+        # a single new token is text: an image has at least four
+        layout = None if t == 1 else concentric_mask(start, self.image_side)
+        if before is None:
+            return self.see(call, layout)
+        call.cache = before.tokens
+        z = self.see(call, layout)
+        call.cache = ConcentricCache(call.cache, start.astype(jnp.int32))
+        return z
 
 
 def _check_side(name: str, side: int) -> None:
@@ -331,12 +291,6 @@ def _check_side(name: str, side: int) -> None:
             f"{name}: the image's side must be an even number of tokens, at least 2, got {side}; "
             "an odd side has no ring of equal width at its center."
         )
-
-
-def _column(value: Any, rows: int) -> jax.Array:
-    """[b, 1] int32 of a number or [b]."""
-    array = jnp.asarray(value, jnp.int32).reshape(-1, 1)
-    return jnp.broadcast_to(array, (rows, 1))
 
 
 def _example() -> tuple[ConcentricCausalAttention, jax.Array]:

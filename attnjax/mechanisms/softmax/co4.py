@@ -19,6 +19,7 @@ arXiv:2505.06257; official code ARIA-Funded-TREND/HMS.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -74,15 +75,11 @@ def co4_attention(
     Example: >>> co4_attention(q, k, v, top_k=4).shape
     """
     streams = modulate(query, key, value, num_latents=num_latents, transfer=transfer)
-    rows, index, real = gather(streams, top_k, aggregation, selection, valid, num_latents)
-    arrays = [
-        jnp.concatenate([full[:, :num_latents], row], axis=1)
-        for full, row in zip((query, key, value), rows, strict=True)
-    ]
-    q, k, v = (_split(x, num_heads) for x in arrays)
-    weights = softmax_weights(qk_scores(q, k), _visible(real, num_latents))[0]
-    z = weighted_values(weights, v).reshape(arrays[0].shape).astype(query.dtype)
-    return scatter(z, streams[2], index, real, num_latents)
+    picked = gather(streams, top_k, aggregation, selection, valid, num_latents)
+    return _attend(
+        (query, key, value), streams[2], picked, num_heads, num_latents,
+        lambda scores, keep: softmax_weights(scores, keep)[0],
+    )  # fmt: skip
 
 
 def transfer_function(r: Float[Array, "..."], c: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -190,6 +187,25 @@ def scatter(
     return jnp.concatenate([latents, values.at[b, index, c].add(others)], axis=1)
 
 
+def _attend(
+    full: tuple[jax.Array, ...],
+    values: jax.Array,
+    picked: tuple[list[jax.Array], jax.Array | None, jax.Array | None],
+    num_heads: int,
+    num_latents: int,
+    weigh: Callable[[jax.Array, jax.Array | None], jax.Array],
+) -> jax.Array:
+    """Attention of latents and picked rows, put back: [b, t, c]; `weigh(scores, keep)` weights."""
+    rows, index, real = picked
+    q, k, v = (
+        _split(jnp.concatenate([x[:, :num_latents], row], axis=1), num_heads)
+        for x, row in zip(full, rows, strict=True)
+    )
+    weights = weigh(qk_scores(q, k), _visible(real, num_latents))
+    z = weighted_values(weights, v).astype(q.dtype)
+    return scatter(z.reshape(*z.shape[:2], -1), values, index, real, num_latents)
+
+
 def _drive(r: jax.Array, c: jax.Array) -> jax.Array:
     return r * r + 2 * r + c * (1 + jnp.abs(r))
 
@@ -286,17 +302,13 @@ class Co4(SequenceMixer):
         heads = self.heads(call, self.query(x), self.key(x), self.value(x))
         q, k, v = (a.reshape(*a.shape[:2], -1) for a in heads)
         streams = modulate(q, k, v, num_latents=first, transfer=self.transfer)
-        rows, index, real = gather(
-            streams, self.top_k, self.aggregation, self.selection, call.valid, first
-        )
-        q, k, v = (
-            _split(jnp.concatenate([full[:, :first], row], axis=1), self.num_heads)
-            for full, row in zip((q, k, v), rows, strict=True)
-        )
-        scores = self.edit_scores(call, qk_scores(q, k))
-        weights = softmax_weights(scores, _visible(real, first))[0]
-        z = weighted_values(self.edit_weights(call, weights), v).astype(q.dtype)
-        z = scatter(z.reshape(*z.shape[:2], -1), streams[2], index, real, first)
+        picked = gather(streams, self.top_k, self.aggregation, self.selection, call.valid, first)
+
+        def weigh(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
+            weights = softmax_weights(self.edit_scores(call, scores), keep)[0]
+            return self.edit_weights(call, weights)
+
+        z = _attend((q, k, v), streams[2], picked, self.num_heads, first, weigh)
         return _split(z, self.num_heads)
 
     def finish(self, call: Call, z: jax.Array) -> jax.Array:

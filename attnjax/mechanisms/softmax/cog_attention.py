@@ -3,8 +3,9 @@
     s_tj = q_t · k_j / sqrt(d),   w_tj = sign(s_tj) e^|s_tj| / Σ_j' e^|s_tj'|,   o_t = Σ_j w_tj v_j
 
 Magnitudes of a row sum to 1; a weight may be negative, so one head can add what some tokens say and
-subtract what others do. The derivative of sign is taken as 0. Cogformer keeps softmax in its first
-and last layers and rotates queries and keys by interleaved pairs.
+subtract what others do. The derivative of sign is taken as 0. Cogformer rotates queries and keys by
+interleaved pairs and keeps softmax in its first and last layers: as the mixers of a language model,
+"softmax, cog_attention*n, softmax".
 
 Reference: Lv et al., "More Expressive Attention with Negative Weights", 2024, arXiv:2411.07176;
 official code trestad/CogAttn.

@@ -94,6 +94,16 @@ def adapt_angles(
     Turning x by (δ - 1) θ + position w + b is the same, keeps magnitudes without a root, and is
     exactly RoPE at δ = 1, b = 0. Where a pair is 0 its angle is 0, without gradient.
 
+    Args:
+      x: queries or keys, d = 2c even; channels 2c and 2c + 1 form a pair.
+      positions: [t] or [b, t], in tokens.
+      delta: δ.
+      bias: b in radians; None is 0.
+      rope_base: w_c = base^(-2c/d); None is no positions.
+
+    Returns:
+      The shape and dtype of x; angles are float32 or wider.
+
     Raises:
       ValueError: on an odd width, or δ or b of another shape than [heads, width / 2].
     """

@@ -33,7 +33,6 @@ from attnjax.spec import Mechanism
 from pallas_kernels import tilemath
 
 Gate = Literal["key", "separate", "value"]
-_EDITS = ("score_bias", "weight_edit")
 
 
 def cope_attention(
@@ -264,7 +263,7 @@ class CoPE(SequenceMixer):
         assert keep is not None  # it is causal
         keep = jnp.broadcast_to(keep, (*keep.shape[:2], q.shape[1], k.shape[1]))
         bias = self._relative_bias(call, q, k.shape[1])
-        if self.chunk is not None and not self._shows_weights(call):
+        if self.chunk is not None and not call.wants_scores:
             return cope_attention(
                 q, k, v, self.table[...], gate_key=gate_key, mask=keep, bias=bias,
                 gate_scale=self.gate_scale, divide_positions=self.divide_positions,
@@ -286,12 +285,6 @@ class CoPE(SequenceMixer):
         query = start + jnp.arange(q.shape[1], dtype=jnp.int32)[None, None, :, None]
         distance = query - jnp.arange(s, dtype=jnp.int32)[None, None, None]
         return interpolate(logits, jnp.maximum(distance, 0).astype(logits.dtype))
-
-    def _shows_weights(self, call: Call) -> bool:
-        tap = call.tap
-        named = any(tap.edits_site(n) or n in tap.capture for n in ("scores", "weights"))
-        edited = any(getattr(tap.edits, name) is not None for name in _EDITS)
-        return named or edited or call.dropout_key is not None
 
 
 def _example() -> tuple[CoPE, jax.Array]:

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnjax.cache.linear_state import state_dtype
 from attnjax.spec import Mechanism
+from pallas_kernels.tilemath import accumulator_dtype
 
 REDUCTIONS = ("mean", "max", "max_per_example", "mean_mass", "none")
 TASKS = ("copy", "reverse", "flip")
@@ -48,7 +48,7 @@ def impermissible_mass(
     Raises:
       ValueError: when the shapes do not fit.
     """
-    wide = weights.astype(state_dtype(weights.dtype))
+    wide = weights.astype(accumulator_dtype(weights.dtype))
     return (wide * _like("impermissible_mass", marked, weights).astype(wide.dtype)).sum(-1)
 
 
@@ -115,7 +115,7 @@ def entropy_term(weights: Float[Array, "b *n s"], coefficient: float = 1.0) -> F
       weights: rows of attention, with sums of 1.
       coefficient: λ.
     """
-    a = weights.astype(state_dtype(weights.dtype))
+    a = weights.astype(accumulator_dtype(weights.dtype))
     return coefficient * _a_log_ratio(a, jnp.ones_like(a)).sum(-1).mean()
 
 
@@ -131,7 +131,7 @@ def divergence_term(
       original: attention of the model trained without penalty; positive wherever `weights` is.
       coefficient: λ; negative to stay near the original.
     """
-    a = weights.astype(state_dtype(weights.dtype))
+    a = weights.astype(accumulator_dtype(weights.dtype))
     return -coefficient * _a_log_ratio(a, original.astype(a.dtype)).sum(-1).mean()
 
 

@@ -11,20 +11,22 @@
 
 Values come from the layer's input always; everything is causal; queries and keys are rotated. The
 paper's configurations are patterns of a language model: uniform is one of these in every layer,
-hybrid every other one, "deconstructing_attention(variant=nonapprox), softmax". The paper finds
-uniform `mlp` and `nonapprox` near chance, and hybrid ones close to standard.
+hybrid every other one, "deconstructing_attention(variant=nonapprox), softmax", and skip a standard
+model without its odd layers (`without_layers`). The paper finds uniform `mlp` and `nonapprox` near
+chance, and hybrid ones close to standard.
 
 The last three take queries and keys from a second stream: `qk_input` in the call, or with
 `first_row=True` the first row of the batch, whose tokens then are the fixed sequence and run
 through the same layers (`random_stream` puts random embeddings there).
 
-Reference: "Deconstructing Attention: Investigating Design Principles for Effective Language
-Modeling", 2025, arXiv:2510.11602; no official code. Linear-time form of `approximate`: fastmax.
+Reference: Xue et al., "Deconstructing Attention: Investigating Design Principles for Effective
+Language Modeling", 2025, arXiv:2510.11602; no official code. Linear-time form of `approximate`:
+fastmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +37,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnjax.attention import attention
 from attnjax.cache import StateCache
-from attnjax.cache.linear_state import state_dtype
 from attnjax.checks import check_qkv, check_segments
 from attnjax.mechanisms.linear.linear_attention import linear_attention
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
@@ -190,6 +191,25 @@ def random_stream(
     return Edits(patch={"resid_pre": Patch(value, first)})
 
 
+def without_layers(layers: Sequence[int], num_layers: int) -> Edits:
+    """Edits of a language model that delete layers: they add nothing to the residual stream.
+
+    Args:
+      layers: indices from 0. Paper: every other one, from the first.
+      num_layers: of the model.
+
+    Raises:
+      ValueError: for a layer that the model does not have.
+    """
+    if not all(0 <= layer < num_layers for layer in layers):
+        raise ValueError(
+            f"without_layers: layers={list(layers)} of {num_layers}; they count from 0."
+        )
+    gone = jnp.asarray([i in layers for i in range(num_layers)]).reshape(-1, 1, 1, 1)
+    nothing = Patch(jnp.zeros(gone.shape), gone)
+    return Edits(patch={"attn_out": nothing, "mlp_out": nothing})
+
+
 def weight_indicators(
     weights: Float[Array, "b h t t"], offsets: Sequence[int] = (1,)
 ) -> dict[str, Array]:
@@ -219,6 +239,10 @@ def weight_indicators(
 class DeconstructingAttention(SequenceMixer):
     """One variant as the mixer of a layer.
 
+    A call takes `qk_input`, what queries and keys are made of in the variants with a second stream:
+    [1, t, m], the fixed stream at this layer, or [b, t, m], token embeddings (`static_emb_qk`).
+    With a cache, that of the new tokens.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       variant: see above. Its cache: of `nonapprox` a mean per head, of `mlp` nothing, else keys and
@@ -228,16 +252,18 @@ class DeconstructingAttention(SequenceMixer):
       **options: of `SequenceMixer`. Paper: rope_base set, no biases.
 
     With `mlp`, the hidden width is that of equal parameters, rounded to a multiple of the heads:
-    4/3 qkv_features where all widths are equal. With `nonapprox`, masks, edits and captures of
-    scores or weights take the quadratic form, and none of them goes with a cache.
+    4/3 qkv_features where all widths are equal; `rope_base` has nothing to turn. With `nonapprox`,
+    masks, dropout, edits and captures of scores or weights take the quadratic form, and none of
+    them goes with a cache.
 
     Raises:
       ValueError: for another variant, or first_row where it has no meaning.
+      NotImplementedError: for dropout with `mlp`.
     """
 
     sites = SCORE_SITES
-    directions = ("causal",)
     masked = rotary = True
+    further = ("qk_input",)
 
     def __init__(
         self,
@@ -259,6 +285,11 @@ class DeconstructingAttention(SequenceMixer):
             raise ValueError(
                 f"{name}: first_row=True needs variant='rnd_emb_qk' or 'fixed_seq_qk', where all "
                 f"rows share one stream; got variant={variant!r}."
+            )
+        if variant == "mlp" and self.dropout_rate:
+            raise NotImplementedError(
+                f"{name}: dropout_rate={self.dropout_rate} is not supported by variant='mlp', "
+                "which has no weights to drop; use 0."
             )
         self.variant, self.first_row = variant, first_row
         heads = (num_heads, self.head_dim)
@@ -285,55 +316,35 @@ class DeconstructingAttention(SequenceMixer):
         if self.variant not in ("mlp", "nonapprox"):
             return super().init_cache(batch, max_length, dtype)
         self._require_decoding()
-        wide = state_dtype(self.param_dtype if dtype is None else dtype)
+        given = dtype or self.dtype or self.param_dtype
+        wide = tilemath.accumulator_dtype(jnp.dtype(given))
         shapes = {"log_total": (self.num_heads,), "mean": (self.num_heads, self.head_dim)}
         cache = StateCache.create(batch, {} if self.variant == "mlp" else shapes, wide)
         if self.variant == "nonapprox":
             cache.state["log_total"] = cache.state["log_total"] + jnp.asarray(LOW, wide)
         return cache
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        qk_input: Float[Array, "#b t m"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; see `SequenceMixer`.
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        source = self._source(call)
+        if self.variant == "mlp":
+            if call.cache is not None:
+                call.cache = call.cache.next(call.count)
+            return jax.nn.silu(self.gate(call.x)) * self.up(call.x)
+        q, k, v = self.heads(call, self.query(source), self.key(source), self.value(call.x))
+        q, k = self.rotate(call, q, k)
+        if self.variant == "nonapprox":
+            return self._nonapprox(call, q, k, v)
+        options = {"normalizer": taylor_weights} if self.variant == "approximate" else {}
+        return self.attend(call, q, k, v, **options)[0]
 
-        Args:
-          x: [b, t, in_features].
-          qk_input: what queries and keys are made of: [1, t, m], the fixed stream at this layer, or
-            [b, t, m], token embeddings (`static_emb_qk`). With a cache, that of the new tokens.
-          mask, positions, segment_ids, cache, valid: as in `SequenceMixer`.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
+    def _source(self, call: Call) -> jax.Array:
+        """What queries and keys are made of, [b, t, m].
 
         Raises:
           ValueError: when a variant with a second stream has none, or another variant gets one.
         """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        if self.variant == "mlp":
-            z = jax.nn.silu(self.gate(call.x)) * self.up(call.x)
-            call.cache = cache if cache is None else cache.next(call.count)
-        else:
-            z = self._mix(call, self._source(call, qk_input))
-        y = self.finish(call, z)
-        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
-
-    def _source(self, call: Call, qk_input: Any) -> jax.Array:
-        """What queries and keys are made of, [b, t, m]."""
-        name, x = type(self).__name__, call.x
+        name, x, qk_input = type(self).__name__, call.x, call.further["qk_input"]
         if self.variant not in STREAMS:
             if qk_input is not None:
                 raise ValueError(
@@ -360,20 +371,9 @@ class DeconstructingAttention(SequenceMixer):
             )
         return jnp.broadcast_to(qk_input, x.shape).astype(x.dtype)
 
-    def _mix(self, call: Call, source: jax.Array) -> jax.Array:
-        """Z [b, t, h, d]."""
-        q, k, v = self.heads(call, self.query(source), self.key(source), self.value(call.x))
-        q, k = self.rotate(call, q, k)
-        if self.variant == "nonapprox":
-            return self._nonapprox(call, q, k, v)
-        options = {"normalizer": taylor_weights} if self.variant == "approximate" else {}
-        return self.attend(call, q, k, v, **options)[0]
-
     def _nonapprox(self, call: Call, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        tap, edits = call.tap, call.tap.edits
-        shown = any(s in tap.capture or tap.edits_site(s) for s in ("scores", "weights"))
-        given = (call.mask, call.dropout_key, edits.score_bias, edits.key_mask, edits.weight_edit)
-        if not shown and all(x is None for x in given):
+        unseen = call.mask is None and call.tap.edits.key_mask is None
+        if unseen and not call.wants_scores:
             state = None if call.cache is None else call.cache.state
             out, (total, mean) = nonapprox_attention(
                 q, k, v, segment_ids=call.segment_ids, valid=call.valid, return_state=True,

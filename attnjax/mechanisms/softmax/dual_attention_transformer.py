@@ -12,8 +12,8 @@ distances. Each kind of heads has its own output projection; the two outputs are
 The sum over relations is taken first, Σ_j α_ij r_ij [t, h, n], so W_r r_ij is never stored by pair.
 
 In the official blocks symbols are retrieved from the block's input before its norm, and one
-retriever serves all layers. A module alone sees only its own input and retrieves from it;
-`with_symbols` takes symbols from elsewhere, and `symbols` may be another layer's retriever.
+retriever serves all layers. A module alone sees only its own input and retrieves from it; a call
+takes symbols from elsewhere, and the module's retriever may be another layer's.
 
 Reference: Altabaa and Lafferty, "Disentangling and Integrating Relational and Sensory Information
 in Transformer Architectures", 2024, arXiv:2405.16727; official code Awni00/dual-attention.
@@ -86,13 +86,20 @@ def relational_attention(
 def relations(
     query: Float[Array, "b t n r"], key: Float[Array, "b s n r"], activation: str = "identity"
 ) -> Float[Array, "b n t s"]:
-    """r, relations of all pairs, in float32 or wider."""
-    if activation not in ACTIVATIONS:
+    """φ(q · k / sqrt(r)), the n relations of all pairs, in float32 or wider.
+
+    Raises:
+      ValueError: on an unknown activation.
+    """
+    return _activation(activation)(qk_scores(query, key))
+
+
+def _activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    if name not in ACTIVATIONS:
         raise ValueError(
-            f"dual attention: activation={activation!r} is unknown; use one of "
-            f"{sorted(ACTIVATIONS)}."
+            f"dual attention: activation={name!r} is unknown; use one of {sorted(ACTIVATIONS)}."
         )
-    return ACTIVATIONS[activation](qk_scores(query, key))
+    return ACTIVATIONS[name]
 
 
 def attended_relations(
@@ -205,13 +212,9 @@ class RelativeSymbols(nnx.Module):
         if max_distance < 1:
             raise ValueError(f"RelativeSymbols: max_distance={max_distance} must be at least 1.")
         shape = (2 * max_distance + 1, features)
-        init = nnx.initializers.glorot_normal()
+        init = nnx.initializers.glorot_uniform()
         self.table = nnx.Param(init(rngs.params(), shape, param_dtype), axes=(None, "embed"))
         self.max_distance = max_distance
-
-    def rows(self, distance: Int[Array, "*s"]) -> Int[Array, "*s"]:
-        """Rows of the table of distances j - i."""
-        return jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance
 
     def collect(
         self, weights: Float[Array, "b h t s"], query_index: Int[Array, "#b t"]
@@ -245,10 +248,15 @@ class DualAttention(SequenceMixer):
 
     The first heads are sensory. The output is `qkv_features` wide.
 
+    A call takes `symbols` [b, t, in_features], such as those retrieved from a block's input before
+    its norm; None retrieves them from x.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       relational_heads: h_ra, 0 to num_heads; None is half of them.
-      num_relations: n, divides d h_ra; None is h_ra.
+      num_relations: n; None is h_ra.
+      relation_dim: r, width of a relation's queries and keys; None is d h_ra / n, which n then must
+        divide. The authors' file with everything in one has d.
       relation_activation: φ, one of `ACTIVATIONS`. Paper: "identity".
       symmetric: whether r_ij = r_ji, queries and keys of the relations being the same.
       tie_scores: whether both kinds of heads share the queries and keys of α.
@@ -267,6 +275,7 @@ class DualAttention(SequenceMixer):
 
     sites = ("q", "k", "v", "scores", "weights", "z", "attn_out")
     directions = ("causal", "bidirectional")
+    further = ("symbols",)
     grouped = masked = rotary = True
 
     def __init__(
@@ -278,6 +287,7 @@ class DualAttention(SequenceMixer):
         *,
         relational_heads: int | None = None,
         num_relations: int | None = None,
+        relation_dim: int | None = None,
         relation_activation: str = "identity",
         symmetric: bool = False,
         tie_scores: bool = False,
@@ -307,18 +317,21 @@ class DualAttention(SequenceMixer):
                 "'disentangled_rca'."
             )
         n = h_ra if num_relations is None else num_relations
-        if h_ra and (n < 1 or d * h_ra % n):
+        if h_ra and (n < 1 or (relation_dim is None and d * h_ra % n)):
             raise ValueError(
                 f"DualAttention: num_relations={n} must divide head width * relational_heads = "
-                f"{d * h_ra}."
+                f"{d * h_ra}, or be given with relation_dim."
             )
+        if relation_dim is not None and relation_dim < 1:
+            raise ValueError(f"DualAttention: relation_dim={relation_dim} must be at least 1.")
         if form == "disentangled_rca" and n != h_ra:
             raise ValueError(
                 f"DualAttention: form='disentangled_rca' has one relation for each of the {h_ra} "
                 f"relational heads, got num_relations={n}."
             )
-        relations(jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)), relation_activation)
+        _activation(relation_activation)  # raises where it is unknown
         self.sizes = (h_sa, h_ra)
+        self.relation_sizes = (n, d * h_ra // max(n, 1) if relation_dim is None else relation_dim)
         self.kv_sizes = (
             self._kv_heads("sensory", sensory_kv_heads, h_sa),
             self._kv_heads("relational", relational_kv_heads, h_ra),
@@ -329,26 +342,23 @@ class DualAttention(SequenceMixer):
                 f"{self.sizes} with {self.kv_sizes} key/value heads."
             )
         self.form, self.relation_activation, self.tie_scores = form, relation_activation, tie_scores
-        for name in ("query", "key", "value", "relational_query", "relational_key"):
+        self.query = self.projection((h_sa if tie_scores else num_heads, d), rngs=rngs)
+        keys = self.kv_sizes[:1] if tie_scores else self.kv_sizes
+        self.key = self.projection((sum(keys), d), rngs=rngs)
+        for name in ("value", "out", "symbol_value", "relational_out", "retriever"):
             setattr(self, name, nnx.data(None))
-        for name in ("relation_query", "relation_key", "relation_kernel", "symbol_value"):
+        for name in ("relation_query", "relation_key", "relation_kernel"):
             setattr(self, name, nnx.data(None))
-        self.out = self.relational_out = self.retriever = nnx.data(None)
         if h_sa:
-            self.query = self.projection((h_sa, d), rngs=rngs)
-            self.key = self.projection((self.kv_sizes[0], d), rngs=rngs)
             self.value = self.projection((self.kv_sizes[0], d), rngs=rngs)
             self.out = self._output(h_sa, rngs)
         if h_ra:
-            if not tie_scores:
-                self.relational_query = self.projection((h_ra, d), rngs=rngs)
-                self.relational_key = self.projection((self.kv_sizes[1], d), rngs=rngs)
             self.symbol_value = self.projection((self.kv_sizes[1], d), rngs=rngs)
             if form != "rca":
                 pair: dict[str, Any] = dict(axes=(None, "head_dim"), use_bias=False, rngs=rngs)
-                self.relation_query = self.projection((n, d * h_ra // n), **pair)
+                self.relation_query = self.projection(self.relation_sizes, **pair)
                 if not symmetric:
-                    self.relation_key = self.projection((n, d * h_ra // n), **pair)
+                    self.relation_key = self.projection(self.relation_sizes, **pair)
             if form == "relational":
                 bound = (d * n) ** -0.5  # Kaiming's uniform with slope sqrt(5)
                 shape = (h_ra, d, n)
@@ -356,80 +366,44 @@ class DualAttention(SequenceMixer):
                 self.relation_kernel = self.parameter(kernel, ("heads", "head_dim", None))
             self.relational_out = self._output(h_ra, rngs)
             self.retriever = self._make(symbols, num_symbols, rngs)
-        self.num_relations = n
 
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys of both kinds of heads, values and symbols, and keys of the relations."""
         (g_sa, g_ra), d = self.kv_sizes, self.head_dim
-        shapes = {"key": (g_sa + g_ra, d)}
         values = g_sa if isinstance(self.retriever, RelativeSymbols) else g_sa + g_ra
-        if values:
-            shapes["value"] = (values, d)
+        shapes: dict[str, tuple[int, ...]] = {"key": (g_sa + g_ra, d), "value": (values, d)}
         if self.relation_query is not None:
-            n = self.num_relations
-            shapes["relation_key"] = (n, d * self.sizes[1] // n)
+            shapes["relation_key"] = self.relation_sizes
         return shapes
 
-    def with_symbols(
-        self, x: Float[Array, "b t f"], symbols: Float[Array, "b t f"], **options: Any
-    ) -> Any:
-        """A call with symbols [b, t, in_features] from elsewhere; options as in a call.
-
-        Raises:
-          ValueError: when the symbols do not fit, or the module has none by token.
-        """
-        if self.symbol_value is None or isinstance(self.retriever, RelativeSymbols):
-            raise ValueError(
-                "DualAttention.with_symbols: this module has no symbols by token; make it with "
-                "relational heads and symbols='symbolic' or 'positional'."
-            )
-        if symbols.shape != x.shape:
-            raise ValueError(
-                f"DualAttention.with_symbols: symbols must have the shape of x, {x.shape}, got "
-                f"{symbols.shape}."
-            )
-        call = self.begin(x, **options)
-        y = self.finish(call, self.mix(call, symbols))
-        return call.tap.result(y, *(() if call.cache is None else (call.cache,)))
-
-    def mix(self, call: Call, symbols: jax.Array | None = None) -> jax.Array:
+    def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d], sensory heads first."""
         x, (h_sa, h_ra), (g_sa, _) = call.x, self.sizes, self.kv_sizes
-        relative = isinstance(self.retriever, RelativeSymbols)
-        if self.symbol_value is not None and not relative:
-            if symbols is None:
-                symbols = _apply(self.retriever, x, call.positions)
-            assert symbols is not None
-            if call.valid is not None:
-                symbols = jnp.where(call.valid[..., None], symbols, jnp.zeros_like(symbols))
-        second = (self.query, self.key) if self.tie_scores else None
-        score_maps = second or (self.relational_query, self.relational_key)
-        q = _join(_apply(self.query, x), _apply(score_maps[0], x) if h_ra else None)
-        k = _join(_apply(self.key, x), _apply(score_maps[1], x) if h_ra else None)
-        named = None if relative else _apply(self.symbol_value, symbols)
-        value = _apply(self.value, x)
-        v = None if value is None and named is None else _join(value, named)
-        q, k, some = self.heads(call, q, k, k if v is None else v)
+        q, k = self.query(x), self.key(x)
+        if self.tie_scores:
+            q, k = (jnp.concatenate([a, a], axis=2) for a in (q, k))
+        values = [self.value(x)] if h_sa else []
+        symbols = self._symbols(call)
+        if symbols is not None:
+            values.append(self.symbol_value(symbols))
+        v = jnp.concatenate([*values, k[:, :, :0]], axis=2)  # relative symbols have none by token
+        q, k, v = self.heads(call, q, k, v)
         q, k = self.rotate(call, q, k)
-        tokens = {"key": k} | ({} if v is None else {"value": some})
-        rq = _apply(self.relation_query, x)
-        if rq is not None:
+        tokens, rq = {"key": k, "value": v}, None
+        if self.relation_query is not None:
+            rq = self.relation_query(x)
             tokens["relation_key"] = rq if self.relation_key is None else self.relation_key(x)
         stored = call.store(**tokens)
-        k, v = stored["key"], stored.get("value")
+        k, v = stored["key"], stored["value"]
         parts = ((q[:, :, :h_sa], k[:, :, :g_sa]), (q[:, :, h_sa:], k[:, :, g_sa:]))
         scores = [qk_scores(*part) for part in parts if part[0].shape[2]]
         scores = self.edit_scores(call, jnp.concatenate(scores, axis=1))
         weights = softmax_weights(scores, call.keep(k.shape[1]))[0]
         weights = self.edit_weights(call, weights)
-        outputs = []
-        if h_sa:
-            assert v is not None
-            outputs.append(weighted_values(weights[:, :h_sa], v[:, :, :g_sa]))
+        outputs = [weighted_values(weights[:, :h_sa], v[:, :, :g_sa])] if h_sa else []
         if h_ra:
-            named = None if relative or v is None else v[:, :, g_sa:]
             pairs = None if rq is None else (rq, stored["relation_key"])
-            outputs.append(self._relate(call, weights[:, h_sa:], named, pairs))
+            outputs.append(self._relate(call, weights[:, h_sa:], v[:, :, g_sa:], pairs))
         return jnp.concatenate(outputs, axis=2).astype(q.dtype)
 
     def finish(self, call: Call, z: jax.Array) -> jax.Array:
@@ -440,15 +414,34 @@ class DualAttention(SequenceMixer):
         y = [out(part) for out, part in parts if out is not None]
         return call.tap("attn_out", jnp.concatenate(y, axis=-1))
 
-    def _relate(
-        self, call: Call, weights: jax.Array, symbols: jax.Array | None, pairs: Any
-    ) -> jax.Array:
+    def _symbols(self, call: Call) -> jax.Array | None:
+        """Symbols [b, t, in_features] by token, given or retrieved; None where there are none."""
+        given = call.further["symbols"]
+        if self.retriever is None or isinstance(self.retriever, RelativeSymbols):
+            if given is not None:
+                raise ValueError(
+                    "DualAttention: this module has no symbols by token; make it with relational "
+                    "heads and symbols='symbolic' or 'positional', or leave symbols=None."
+                )
+            return None
+        if given is None:
+            given = self.retriever(call.x, call.positions)
+        if given.shape != call.x.shape:
+            raise ValueError(
+                f"DualAttention: symbols must have the shape of x, {call.x.shape}, got "
+                f"{given.shape}."
+            )
+        if call.valid is None:
+            return given
+        return jnp.where(call.valid[..., None], given, jnp.zeros_like(given))
+
+    def _relate(self, call: Call, weights: jax.Array, symbols: jax.Array, pairs: Any) -> jax.Array:
         """Outputs of the relational heads, from their weights [b, h_ra, t, s]."""
         r, on_symbols = None, weights
         if pairs is not None:
             r = relations(pairs[0], pairs[1], self.relation_activation)
             on_symbols = weights * r if self.form == "disentangled_rca" else weights
-        if symbols is None:
+        if isinstance(self.retriever, RelativeSymbols):
             start = jnp.asarray(call.start, jnp.int32).reshape(-1, 1)
             index = start + jnp.arange(weights.shape[2], dtype=jnp.int32)[None]
             shares = self.retriever.collect(on_symbols, index)
@@ -498,16 +491,6 @@ class DualAttention(SequenceMixer):
         )
 
 
-def _apply(layer: Any, *x: Any) -> Any:
-    return None if layer is None else layer(*x)
-
-
-def _join(first: Any, second: Any) -> Any:
-    """Heads of both kinds, where there are any."""
-    parts = [part for part in (first, second) if part is not None]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
-
-
 def _example() -> tuple[DualAttention, jax.Array]:
     module = DualAttention(
         4, 16, num_kv_heads=2, relational_heads=2, num_relations=4, num_symbols=5, rope_base=1e4,
@@ -533,7 +516,7 @@ SPEC = Mechanism(
     cost="O(T^2 (h + n)) with n relations",
     reduces_to={"relational_heads = 0": "multi_head_attention"},
     golden=("dual_attention",),
-    reading="As a mixer it retrieves symbols from its own (normalized) input; the official blocks "
-    "do from the input before the norm.",
+    reading="As a mixer it retrieves symbols from its own (normalized) input where a call brings "
+    "none; the official blocks do from the input before the norm.",
     example=_example,
 )

@@ -140,9 +140,7 @@ def connection_posterior(
     """
     q, k, factor, offset = _potential(query, key, likelihood, scale, sigma)
     scores = qk_scores(q, k, factor)
-    t, s = scores.shape[2:]
-    keep = mask.dense(t, s) if isinstance(mask, Mask) else mask
-    keep = None if keep is None else keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
+    keep = _booleans(mask, *scores.shape[2:])
     if log_prior is not None:
         scores = scores + log_prior.astype(scores.dtype)
     weights, lse = softmax_weights(scores, keep)
@@ -190,13 +188,14 @@ def slot_steps(
     Args:
       query, key: shapes as annotated.
       steps: n.
-      mask: booleans broadcastable to [b, h, t, s], True = the query may explain the key.
+      mask: as in `marginal_attention`, True = the query may explain the key.
       scale: None is d^-0.5.
     """
+    keep = _booleans(mask, query.shape[1], key.shape[1])
+    keep = None if keep is None else keep.swapaxes(-2, -1)
 
     def step(q: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        scores = qk_scores(q, key, scale).swapaxes(-2, -1)
-        share, _ = softmax_weights(scores, None if mask is None else mask.swapaxes(-2, -1))
+        share, _ = softmax_weights(qk_scores(q, key, scale).swapaxes(-2, -1), keep)
         share = share.swapaxes(-2, -1)
         total = share.sum(-1, keepdims=True)
         weights = share / jnp.where(total == 0, jnp.ones_like(total), total)
@@ -227,6 +226,14 @@ def _potential(
     half = [(x * x).sum(-1, keepdims=True) / 2 for x in (q, k)]
     q, k = jnp.concatenate([q, jnp.ones_like(half[0])], -1), jnp.concatenate([k, -half[1]], -1)
     return q, k, sigma**-2, -half[0][..., 0] * sigma**-2
+
+
+def _booleans(mask: Any, t: int, s: int) -> jax.Array | None:
+    """A mask as booleans of rank 4."""
+    if mask is None:
+        return None
+    keep = mask.dense(t, s) if isinstance(mask, Mask) else mask
+    return keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
 
 
 def _log_count(query: jax.Array, key: jax.Array, mask: Any) -> jax.Array:

@@ -14,21 +14,21 @@ Context Permutation", 2025, arXiv:2505.11754; official code hwy9855/MultiHopQA-R
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attnjax.attention import attention
-from attnjax.masks import Causal, Lengths, Mask
+from attnjax.masks import Causal, Mask
 from attnjax.masks.multihop import prefix_lm
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
 
 
 def prefix_attention(
@@ -122,17 +122,10 @@ def peak_document_attention(
     return (weights.reshape(-1, weights.shape[-1]) @ one_hot).mean(0).max()
 
 
-class _PromptCall(Call):
-    """A call whose layout hides padding by itself."""
-
-    def lengths(self) -> None:
-        return None
-
-
 class PromptAttention(SequenceMixer):
     """Rotary softmax attention that is causal but for what a layout adds inside a prompt.
 
-    A subclass calls `see` with its layout, and takes what that needs as arguments of `__call__`.
+    A subclass writes `mix`: it calls `see` with its layout, and names in `further` what that needs.
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
@@ -176,13 +169,8 @@ class PromptAttention(SequenceMixer):
                 f"{name}: segment_ids with a prompt layout are not supported; give one prompt per "
                 "row."
             )
-        if call.cache is not None or call.valid is not None:
-            # slots that are not written yet, and padding, stay hidden
-            layout = layout & Lengths(
-                jnp.asarray(call.start, jnp.int32) + call.count.astype(jnp.int32)
-            )
-        fields: dict[str, Any] = vars(call) | {"causal": False}
-        inner = _PromptCall(**fields)
+        # the call hides slots that are not written yet, and padding, where causality does not
+        inner = dataclasses.replace(call, causal=False)
         z, _ = self.attend(inner, q, k, v, layout=layout)
         call.cache = inner.cache
         return z
@@ -215,6 +203,10 @@ class PromptAttention(SequenceMixer):
 class PrefixAttention(PromptAttention):
     """Multi-head `prefix_attention`: a decoder whose context is read in both directions.
 
+    A call takes `prefix_lengths` [b], how many tokens are seen in both directions; None is the
+    module's `prefix`. With a cache, the whole prefix comes in one call, and later calls need not
+    name it.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       prefix: tokens at the start of every row that see each other in both directions, for calls
@@ -223,6 +215,8 @@ class PrefixAttention(PromptAttention):
         prefix. Paper, inference: True.
       **options: of `SequenceMixer`.
     """
+
+    further = ("prefix_lengths",)
 
     def __init__(
         self,
@@ -241,39 +235,9 @@ class PrefixAttention(PromptAttention):
             raise ValueError(f"PrefixAttention: prefix must be at least 0 tokens, got {prefix}.")
         self.prefix, self.bidirectional_prompt = prefix, bidirectional_prompt
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        prefix_lengths: Int[Array, " b"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; arguments not named here are those of `SequenceMixer`.
-
-        Args:
-          x: [b, t, in_features].
-          prefix_lengths: [b] tokens seen in both directions; None is the module's `prefix`. With a
-            cache, the whole prefix comes in one call, and later calls need not name it.
-          mask, positions, segment_ids, cache, valid: as in `SequenceMixer`.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
-
-        Returns:
-          As `SequenceMixer`.
-        """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        y = self.finish(call, self.see(call, self._layout(call, prefix_lengths)))
-        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        return self.see(call, self._layout(call, call.further["prefix_lengths"]))
 
     def _layout(self, call: Call, lengths: Any) -> Mask | None:
         """The mask of the call, None where it is causal."""
@@ -282,7 +246,7 @@ class PrefixAttention(PromptAttention):
                 jnp.asarray(call.start) == 0, call.count, jnp.zeros_like(call.count)
             )
         elif lengths is None:
-            if not self.prefix or (call.x.shape[1] == 1 and call.cache is not None):
+            if not self.prefix:
                 return None
             lengths = jnp.full((call.x.shape[0],), self.prefix, jnp.int32)
         elif lengths.shape != call.x.shape[:1]:
@@ -292,6 +256,8 @@ class PrefixAttention(PromptAttention):
             )
         if call.cache is not None:
             self.in_one_piece(call, "the prefix", jnp.zeros_like(lengths), lengths)
+            if call.x.shape[1] == 1:
+                return None  # one new token sees the same with and without a prefix
         return prefix_lm(lengths)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from attnjax.attention import attention
+from attnjax.masks import Causal
 from attnjax.spec import Mechanism
 from pallas_kernels.maskprogram import MaskProgram
 
@@ -68,8 +69,6 @@ def memory_efficient_attention(
             raise ValueError(f"memory_efficient_attention: {name}={size} must be at least 1 token.")
     t, s = query.shape[-3], key.shape[-3]
     if causal:
-        from attnjax.masks import Causal
-
         aligned = Causal(s - t)
         if mask is None:
             mask = aligned

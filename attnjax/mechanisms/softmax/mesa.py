@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,8 +50,8 @@ class QuantStats:
       shift: [n], smallest value.
     """
 
-    range: jax.Array
-    shift: jax.Array
+    range: Any  # arrays, in whose place `jax.custom_vjp` puts others while it works
+    shift: Any
 
     @classmethod
     def empty(cls, groups: int, dtype: Any = jnp.float32) -> QuantStats:
@@ -149,11 +149,91 @@ def _along(stats: QuantStats, x: jax.Array, axis: int, dtype: Any) -> list[jax.A
 # -------------------------------------------------------------------- operations that save 8 bits
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """An operation with an exact output, whose gradient is taken from 8-bit copies.
+
+    Attributes:
+      forward: `(arrays, exact) -> (output, saved, kept)`; of `saved` 8-bit copies are kept for the
+        gradient, `kept` as it is.
+      backward: `(copies, kept, dy) -> (gradients of arrays, gradients of exact)`.
+      axes: of heads or channels in every saved activation.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    axes: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, function: Callable[..., Any], *axes: int) -> _Operation:
+        """function(*arrays, *exact), which saves the arrays and differentiates at the copies."""
+
+        def forward(arrays: Any, exact: Any) -> Any:
+            return function(*arrays, *exact), arrays, exact
+
+        def backward(copies: Any, exact: Any, dy: Any) -> Any:
+            grads = jax.vjp(function, *copies, *exact)[1](dy)
+            return grads[: len(copies)], grads[len(copies) :]
+
+        return cls(forward, backward, axes)
+
+
+def _exact(
+    operation: _Operation, decay: float, arrays: Any, exact: Any, stats: Any, rng: Any
+) -> tuple[Any, tuple[QuantStats, ...]]:
+    """The output and the ranges of what is saved: `stats` moved by `decay` (1: left alone)."""
+    output, saved, _ = operation.forward(arrays, exact)
+    return output, _moved(operation, decay, saved, stats)
+
+
+def _moved(operation: _Operation, decay: float, saved: Any, stats: Any) -> tuple[QuantStats, ...]:
+    parts = zip(saved, operation.axes, stats, strict=True)
+    return tuple(old.update(x, axis, decay) for x, axis, old in parts)
+
+
+def _forward(
+    operation: _Operation, decay: float, arrays: Any, exact: Any, stats: Any, rng: Any
+) -> Any:
+    output, saved, kept = operation.forward(arrays, exact)
+    stats = _moved(operation, decay, saved, stats)
+    keys = [None] * len(saved) if rng is None else jax.random.split(rng, len(saved))
+    parts = zip(saved, stats, operation.axes, keys, strict=True)
+    codes = [mesa_quantize(x, own, axis=axis, rng=key) for x, own, axis, key in parts]
+    dtypes = [jnp.zeros((0,), x.dtype) for x in saved]  # residuals are arrays
+    return (output, stats), (codes, dtypes, stats, kept)
+
+
+def _backward(operation: _Operation, decay: float, residuals: Any, dy: Any) -> Any:
+    codes, dtypes, stats, kept = residuals
+    copies = tuple(
+        mesa_dequantize(code, own, axis=axis, dtype=like.dtype)
+        for code, own, axis, like in zip(codes, stats, operation.axes, dtypes, strict=True)
+    )
+    return *operation.backward(copies, kept, dy[0]), None, None
+
+
+_run = jax.custom_vjp(_exact, nondiff_argnums=(0, 1))
+_run.defvjp(_forward, _backward)
+
+
+def _empty(x: jax.Array, groups: int) -> QuantStats:
+    """Ranges that those of x itself replace."""
+    return QuantStats.empty(groups, state_dtype(x.dtype))
+
+
+def _products(x: jax.Array, *kernels: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))) for w in kernels)
+
+
+_LINEAR = _Operation.plain(_products, -1)
+_GELU = _Operation.plain(functools.partial(jax.nn.gelu, approximate=False), -1)
+
+
 def mesa_linear(
     x: Float[Array, "*b c"],
     *kernels: Float[Array, "c _"],
     stats: QuantStats | None = None,
-    groups: int | None = None,
+    groups: int = 1,
     rng: Any = None,
 ) -> tuple[Float[Array, "*b _"], ...]:
     """Linear maps x W of one input, of which x is saved once, in 8 bits.
@@ -162,14 +242,13 @@ def mesa_linear(
       x: any leading axes.
       kernels: matrices, saved as they are (they are parameters).
       stats: ranges of x's channels; None takes those of x itself.
-      groups: channel groups where `stats` is None; None is one range for all channels.
+      groups: channel groups where `stats` is None; 1 is one range for all channels.
       rng: key for stochastic rounding; None rounds to the nearest.
 
     Returns:
       One output per kernel.
     """
-    stats = _known(x, -1, stats, groups or 1)
-    return _saved(_products, (-1,), (x,), kernels, (stats,), rng)
+    return _run(_LINEAR, 1.0, (x,), kernels, (stats or _empty(x, groups),), rng)[0]
 
 
 def mesa_matmul(
@@ -186,93 +265,23 @@ def mesa_matmul(
       a, b: any equal leading axes.
       stats: ranges of a and of b; None takes those of the arrays, one per entry of `axis`.
       axis: the axis of heads in both.
-      rng: key for stochastic rounding; None rounds to the nearest.
+      rng: as in `mesa_linear`.
     """
-    of_a, of_b = stats or (None, None)
-    known = (_known(a, axis, of_a), _known(b, axis, of_b))
-    return _saved(jnp.matmul, (axis, axis), (a, b), (), known, rng)
+    known = stats or (_empty(a, a.shape[axis]), _empty(b, b.shape[axis]))
+    return _run(_Operation.plain(jnp.matmul, axis, axis), 1.0, (a, b), (), known, rng)[0]
 
 
 def mesa_gelu(
     x: Float[Array, "*b c"],
     *,
     stats: QuantStats | None = None,
-    groups: int | None = None,
+    groups: int = 1,
     rng: Any = None,
 ) -> Float[Array, "*b c"]:
     """GELU (with erf) whose input is saved in 8 bits; arguments as in `mesa_linear`."""
-    stats = _known(x, -1, stats, groups or 1)
-    return _saved(_gelu, (-1,), (x,), (), (stats,), rng)
+    return _run(_GELU, 1.0, (x,), (), (stats or _empty(x, groups),), rng)[0]
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-def _products(x: jax.Array, *kernels: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))) for w in kernels)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _saved(
-    function: Any, axes: tuple[int, ...], arrays: Any, exact: Any, stats: Any, rng: Any
-) -> Any:
-    """function(*arrays, *exact), whose gradient is taken at the dequantized arrays."""
-    return function(*arrays, *exact)
-
-
-def _saved_fwd(
-    function: Any, axes: tuple[int, ...], arrays: Any, exact: Any, stats: Any, rng: Any
-) -> Any:
-    parts = zip(arrays, axes, stats, _keys(rng, len(arrays)))
-    saved = [_Saved.of(x, axis, s, key) for x, axis, s, key in parts]
-    return function(*arrays, *exact), (saved, exact)
-
-
-def _saved_bwd(function: Any, axes: tuple[int, ...], residuals: Any, dy: Any) -> Any:
-    saved, exact = residuals
-    arrays = tuple(s.restore() for s in saved)
-    grads = jax.vjp(function, *arrays, *exact)[1](dy)
-    return grads[: len(arrays)], grads[len(arrays) :], None, None
-
-
-_saved.defvjp(_saved_fwd, _saved_bwd)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "stats"],
-    meta_fields=["axis", "dtype"],
-)
-@dataclasses.dataclass(frozen=True)
-class _Saved:
-    """One activation as it is kept for the backward pass."""
-
-    codes: jax.Array
-    stats: QuantStats
-    axis: int
-    dtype: Any
-
-    @classmethod
-    def of(cls, x: jax.Array, axis: int, stats: QuantStats, rng: Any) -> _Saved:
-        return cls(mesa_quantize(x, stats, axis=axis, rng=rng), stats, axis, x.dtype)
-
-    def restore(self) -> jax.Array:
-        return mesa_dequantize(self.codes, self.stats, axis=self.axis, dtype=self.dtype)
-
-
-def _known(
-    x: jax.Array, axis: int, stats: QuantStats | None, groups: int | None = None
-) -> QuantStats:
-    """The given ranges where they were ever set, else those of x."""
-    return QuantStats.measure(x, axis, groups) if stats is None else stats.update(x, axis, 1.0)
-
-
-def _keys(rng: Any, count: int) -> list[Any]:
-    return [None] * count if rng is None else list(jax.random.split(rng, count))
-
-
-@jax.custom_vjp
 def mesa_softmax(
     scores: Float[Array, "b h t s"],
     keep: Bool[Array, "#b #h t s"] | None = None,
@@ -281,38 +290,33 @@ def mesa_softmax(
 ) -> Float[Array, "b h t s"]:
     """Softmax over the visible keys, whose output is saved in 8 bits, and its mask exactly.
 
+        dx = ỹ (dy - Σ ỹ dy)
+
     Args:
       scores: float32 or wider.
       keep: True = attend; a row without keys gives 0.
       stats: ranges by head of the output; None takes its own.
-      rng: key for stochastic rounding; None rounds to the nearest.
+      rng: as in `mesa_linear`.
     """
-    return softmax_weights(scores, keep)[0]
+    known = stats or _empty(scores, scores.shape[1])
+    return _run(_SOFTMAX, 1.0, (scores,), (keep,), (known,), rng)[0]
 
 
-def _softmax_fwd(scores: jax.Array, keep: Any, stats: Any, rng: Any) -> Any:
-    weights = softmax_weights(scores, keep)[0]
-    return weights, (_Saved.of(weights, 1, _known(weights, 1, stats), rng), keep)
+def _softmax(arrays: Any, exact: Any) -> Any:
+    weights = softmax_weights(*arrays, *exact)[0]
+    return weights, (weights,), exact
 
 
-def _softmax_bwd(residuals: Any, dy: jax.Array) -> Any:
-    saved, keep = residuals
-    return _softmax_slope(_visible(saved.restore(), keep), dy), None, None, None
+def _softmax_slope(copies: Any, exact: Any, dy: jax.Array) -> Any:
+    (weights,), (keep,) = copies, exact
+    if keep is not None:  # also where the grid has no 0: no gradient leaks to hidden keys
+        weights = jnp.where(keep, weights, jnp.zeros_like(weights))
+    return (weights * (dy - (weights * dy).sum(-1, keepdims=True)),), None
 
 
-def _softmax_slope(weights: jax.Array, dy: jax.Array) -> jax.Array:
-    return weights * (dy - (weights * dy).sum(-1, keepdims=True))
+_SOFTMAX = _Operation(_softmax, _softmax_slope, (1,))
 
 
-def _visible(weights: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """Hidden weights are exactly 0, also where the grid has no 0: no gradient leaks to them."""
-    return weights if keep is None else jnp.where(keep, weights, jnp.zeros_like(weights))
-
-
-mesa_softmax.defvjp(_softmax_fwd, _softmax_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def mesa_layer_norm(
     x: Float[Array, "*b c"],
     scale: Float[Array, " c"],
@@ -327,35 +331,34 @@ def mesa_layer_norm(
       x: any leading axes.
       scale, bias: by channel.
       epsilon: added to the variance.
-      stats: ranges of x's channels; None takes one range of x itself.
-      rng: key for stochastic rounding; None rounds to the nearest.
+      stats, rng: as in `mesa_linear`.
     """
-    return _norm_fwd(x, scale, bias, epsilon, stats, rng)[0]
+    norm = _Operation(functools.partial(_norm, epsilon), _norm_slope, (-1,))
+    return _run(norm, 1.0, (x,), (scale, bias), (stats or _empty(x, 1),), rng)[0]
 
 
-def _norm_fwd(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, stats: Any, rng: Any
-) -> Any:
+def _norm(epsilon: float, arrays: Any, exact: Any) -> Any:
+    (x,), (scale, bias) = arrays, exact
     wide = x.astype(state_dtype(x.dtype))
     mean = wide.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
-    row = scale.reshape((1,) * (x.ndim - 1) + scale.shape).astype(wide.dtype)
-    y = add_bias((wide - mean) * rstd * row, bias).astype(x.dtype)
-    return y, (_Saved.of(x, -1, _known(x, -1, stats, 1), rng), mean, rstd, scale, bias)
+    y = add_bias((wide - mean) * rstd * _row(scale, wide), bias).astype(x.dtype)
+    return y, arrays, (mean, rstd, scale, bias)
 
 
-def _norm_bwd(epsilon: float, residuals: Any, dy: jax.Array) -> Any:
-    saved, mean, rstd, scale, bias = residuals
-    normal = (saved.restore().astype(mean.dtype) - mean) * rstd
+def _norm_slope(copies: Any, kept: Any, dy: jax.Array) -> Any:
+    (x,), (mean, rstd, scale, bias) = copies, kept
+    normal = (x.astype(mean.dtype) - mean) * rstd
     wide, rows = dy.astype(mean.dtype), tuple(range(dy.ndim - 1))
-    inner = wide * scale.reshape((1,) * (dy.ndim - 1) + scale.shape).astype(mean.dtype)
+    inner = wide * _row(scale, wide)
     straight = inner - inner.mean(-1, keepdims=True)
     dx = rstd * (straight - normal * (inner * normal).mean(-1, keepdims=True))
     dscale = (wide * normal).sum(rows).astype(scale.dtype)
-    return dx.astype(dy.dtype), dscale, wide.sum(rows).astype(bias.dtype), None, None
+    return (dx.astype(dy.dtype),), (dscale, wide.sum(rows).astype(bias.dtype))
 
 
-mesa_layer_norm.defvjp(_norm_fwd, _norm_bwd)
+def _row(scale: jax.Array, like: jax.Array) -> jax.Array:
+    return scale.reshape((1,) * (like.ndim - 1) + scale.shape).astype(like.dtype)
 
 
 def mesa_attention(
@@ -396,54 +399,36 @@ def mesa_attention(
     """
     check_qkv("mesa_attention", query, key, value)
     sizes = dict(query=query, key=key, value=value, weights=query)
-    unknown = sorted(set(stats or {}) - set(sizes))
+    given = dict(stats or {})
+    unknown = sorted(set(given) - set(sizes))
     if unknown:
         raise ValueError(
             f"mesa_attention: stats must be of query, key, value and weights, got {unknown}."
         )
-    known = {name: QuantStats.empty(x.shape[2], state_dtype(x.dtype)) for name, x in sizes.items()}
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Any = _attention(
-        query, key, value, mask, scale, 1.0 if decay is None else decay, known | dict(stats or {}),
-        rng,
-    )  # fmt: skip
-    return result[0] if decay is None else result
+    known = tuple(given.get(name) or _empty(x, x.shape[2]) for name, x in sizes.items())
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    attend = _Operation(
+        functools.partial(_attend, factor), functools.partial(_attend_slope, factor), (2, 2, 2, 1)
+    )
+    arrays = (query, key, value)
+    out, new = _run(attend, 1.0 if decay is None else decay, arrays, (mask,), known, rng)
+    return out if decay is None else (out, dict(zip(sizes, new, strict=True)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, keep: Any, scale: float, decay: float, stats: Any,
-    rng: Any,
-) -> Any:  # fmt: skip
-    return _attention_fwd(q, k, v, keep, scale, decay, stats, rng)[0]
+def _attend(scale: float, arrays: Any, exact: Any) -> Any:
+    q, k, v = arrays
+    weights = softmax_weights(qk_scores(q, k, scale), *exact)[0]
+    return weighted_values(weights, v).astype(q.dtype), (q, k, v, weights), exact
 
 
-def _attention_fwd(
-    q: jax.Array, k: jax.Array, v: jax.Array, keep: Any, scale: float, decay: float, stats: Any,
-    rng: Any,
-) -> Any:  # fmt: skip
-    weights = softmax_weights(qk_scores(q, k, scale), keep)[0]
-    arrays = {"query": q, "key": k, "value": v, "weights": weights}
-    axes = dict.fromkeys(arrays, 2) | {"weights": 1}
-    stats = {name: stats[name].update(x, axes[name], decay) for name, x in arrays.items()}
-    saved = {
-        name: _Saved.of(x, axes[name], stats[name], key)
-        for (name, x), key in zip(arrays.items(), _keys(rng, 4))
-    }
-    return (weighted_values(weights, v).astype(q.dtype), stats), (saved, keep)
-
-
-def _attention_bwd(scale: float, decay: float, residuals: Any, dy: Any) -> Any:
-    saved, keep = residuals
-    q, k, v, weights = (saved[name].restore() for name in ("query", "key", "value", "weights"))
-    weights = _visible(weights, keep)
-    dw, dv = jax.vjp(weighted_values, weights, v)[1](dy[0].astype(weights.dtype))
-    ds = _softmax_slope(weights, dw)
+def _attend_slope(scale: float, copies: Any, exact: Any, dy: jax.Array) -> Any:
+    q, k, v, weights = copies
+    if exact[0] is not None:
+        weights = jnp.where(exact[0], weights, jnp.zeros_like(weights))
+    dw, dv = jax.vjp(weighted_values, weights, v)[1](dy.astype(weights.dtype))
+    (ds,), _ = _softmax_slope((weights,), exact, dw)
     dq, dk = jax.vjp(lambda q, k: qk_scores(q, k, scale), q, k)[1](ds)
-    return dq, dk, dv, None, None, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+    return (dq, dk, dv), None
 
 
 # ---------------------------------------------------------------------------------- the module
@@ -471,7 +456,8 @@ class MesaAttention(SequenceMixer):
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       rounding: "stochastic" (official) or "nearest". The noise is drawn from a key that is a hash
         of the input, so that no random state is needed.
-      decay: of the running ranges. Official: 0.9.
+      decay: of the running ranges, official: 0.9; None has none of them and takes the ranges of
+        the arrays themselves, so that the module holds parameters alone.
       **options: of `SequenceMixer`.
 
     Raises:
@@ -490,7 +476,7 @@ class MesaAttention(SequenceMixer):
         out_features: int | None = None,
         *,
         rounding: str = "stochastic",
-        decay: float = 0.9,
+        decay: float | None = 0.9,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -499,8 +485,8 @@ class MesaAttention(SequenceMixer):
             raise ValueError(
                 f"MesaAttention: rounding must be 'stochastic' or 'nearest', got {rounding!r}."
             )
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"MesaAttention: decay must be in [0, 1), got {decay}.")
+        if decay is not None and not 0.0 <= decay < 1.0:
+            raise ValueError(f"MesaAttention: decay must be in [0, 1) or None, got {decay}.")
         if self.dropout_rate:
             raise NotImplementedError(
                 "MesaAttention: dropout_rate is not supported; leave dropout_rate=0."
@@ -512,7 +498,9 @@ class MesaAttention(SequenceMixer):
         self.value = self.projection(kv, rngs=rngs)
         self.out = self.output_projection(rngs=rngs)
 
-        def ranges(groups: int) -> RunningRange:
+        def ranges(groups: int) -> Any:
+            if decay is None:
+                return nnx.data(None)
             start = QuantStats.empty(groups)
             return RunningRange(jnp.stack([start.range, start.shift]))
 
@@ -540,7 +528,7 @@ class MesaAttention(SequenceMixer):
         }  # fmt: skip
         z, new = mesa_attention(
             q, k, v, mask=call.keep(k.shape[1]), decay=self._decay(call), rng=self._noise(call, 1),
-            stats={name: QuantStats(*kept[...]) for name, kept in ranges.items()},
+            stats={n: QuantStats(*kept[...]) for n, kept in ranges.items() if kept is not None},
         )  # fmt: skip
         for name, kept in ranges.items():
             self._keep(call, kept, new[name])
@@ -553,31 +541,34 @@ class MesaAttention(SequenceMixer):
         return call.tap("attn_out", self._project(call, flat, self.z_range, (self.out,), 2)[0])
 
     def _project(
-        self, call: Call, x: jax.Array, kept: RunningRange, parts: tuple[Any, ...], place: int
+        self, call: Call, x: jax.Array, kept: Any, parts: tuple[Any, ...], place: int
     ) -> list[jax.Array]:
         """The projections of x [b, t, c], which is saved once for all of them."""
         kernels = [part.kernel[...] for part in parts]
         dtype = compute_dtype(self.dtype, x, *kernels)
-        x = x.astype(dtype)
-        stats = QuantStats(*kept[...]).update(x, -1, self._decay(call))
-        self._keep(call, kept, stats)
-        flat = [kernel.astype(dtype).reshape(x.shape[-1], -1) for kernel in kernels]
-        outputs = mesa_linear(x, *flat, stats=stats, rng=self._noise(call, place))
-        shaped = [
+        flat = tuple(kernel.astype(dtype).reshape(x.shape[-1], -1) for kernel in kernels)
+        own = _empty(x, math.gcd(self.num_heads, x.shape[-1]))
+        stats = own if kept is None else QuantStats(*kept[...])
+        outputs, (new,) = _run(
+            _LINEAR, self._decay(call), (x.astype(dtype),), flat, (stats,), self._noise(call, place)
+        )
+        self._keep(call, kept, new)
+        outputs = [
             y.reshape(*y.shape[:-1], *kernel.shape[part.rank :])
-            for y, kernel, part in zip(outputs, kernels, parts)
+            for y, kernel, part in zip(outputs, kernels, parts, strict=True)
         ]
         return [
             y if part.bias is None else add_bias(y, part.bias[...])
-            for y, part in zip(shaped, parts)
+            for y, part in zip(outputs, parts, strict=True)
         ]
 
     def _decay(self, call: Call) -> float:
         """1 leaves ranges that were ever set alone."""
-        return self.decay if isinstance(call, _MesaCall) and call.training else 1.0
+        training = isinstance(call, _MesaCall) and call.training
+        return self.decay if training and self.decay is not None else 1.0
 
-    def _keep(self, call: Call, kept: RunningRange, stats: QuantStats) -> None:
-        if isinstance(call, _MesaCall) and call.training:
+    def _keep(self, call: Call, kept: Any, stats: QuantStats) -> None:
+        if kept is not None and isinstance(call, _MesaCall) and call.training:
             kept[...] = jnp.stack([stats.range, stats.shift]).astype(kept[...].dtype)
 
     def _noise(self, call: Call, place: int) -> Any:

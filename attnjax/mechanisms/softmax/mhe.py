@@ -98,7 +98,8 @@ def _check(
 ) -> None:
     _check_combine("mhe", combine)
     shapes = [x.shape for x in (query, key, value)]
-    if query.ndim != 3 or key.ndim != 3 or embeddings.shape[::2] != (3, query.shape[-1]):
+    flat = all(len(shape) == 3 for shape in shapes)
+    if not flat or embeddings.shape[::2] != (3, query.shape[-1]):
         raise ValueError(
             "mhe: query, key and value must be [batch, length, d] and embeddings [3, heads, d], "
             f"got {shapes} and {embeddings.shape}."

@@ -22,18 +22,20 @@ scores that are corrected by modality.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from attnjax.attention import attention
 from attnjax.cache import TokenCache
-from attnjax.cache.base import cache_bytes
+from attnjax.cache.base import cache_bytes, new_positions
 from attnjax.cache.linear_state import state_dtype
+from attnjax.checks import check_segments
 from attnjax.dense import softmax_weights
 from attnjax.masks import Causal, Full, Lengths, Mask, Segments
 from attnjax.masks.keys import key_set
@@ -42,7 +44,6 @@ from attnjax.mechanisms.linear.linear_attention import linear_attention
 from attnjax.merge import merge_attention
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
 
 Patterns = Sequence[Sequence[str]]
 
@@ -84,6 +85,7 @@ def modular_attention(
       Output in the dtype of `query`; 0 for a query that sees nothing.
 
     Memory: O(t + s) for each modality, block-sparse.
+    Cost: n passes of attention over the tiles that their masks leave; n² with aligned keys.
 
     Raises:
       ValueError: on an unknown mode or word, or shapes that do not fit together.
@@ -107,16 +109,11 @@ def modular_attention(
             if lengths is not None:
                 layout = layout & Lengths(lengths)
             k, v = (key, value) if a is None else (key[:, :, a], value[:, :, a])
+            visible = join_masks(layout, mask, t, s, q_offset)
             found.append(
                 attention(
-                    query,
-                    k,
-                    v,
-                    mask=join_masks(layout, mask, t, s, q_offset),
-                    q_offset=q_offset,
-                    return_residual=True,
-                    **options,
-                )  # fmt: skip
+                    query, k, v, mask=visible, q_offset=q_offset, return_residual=True, **options
+                )
             )
         # queries of other modalities saw nothing, so merging only picks the right one
         parts.append(found[0] if len(found) == 1 else merge_attention(found))
@@ -127,11 +124,8 @@ def modular_attention(
     dtype = parts[0][1].dtype
     logits = jnp.zeros(seen.shape, dtype)
     if mix is not None:
-        index = (
-            jnp.asarray(q_offset, jnp.int32).reshape(-1, 1) + jnp.arange(t, dtype=jnp.int32)[None]
-        )
-        index = jnp.broadcast_to(index, (b, t))
-        own = jnp.take_along_axis(modality_ids, jnp.minimum(index, s - 1), 1)
+        first = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (b,))
+        own = jnp.take_along_axis(modality_ids, jnp.minimum(new_positions(first, t), s - 1), 1)
         logits = mix.astype(dtype).swapaxes(0, 1)[own]
     share, _ = softmax_weights(logits, seen)
     return (share[..., None] * z.astype(dtype)).sum(-2).astype(query.dtype)
@@ -192,13 +186,9 @@ def gram_align(
         # modalities are heads: x_j Σ_i x̂_i x̂_iᵀ is linear attention of x to x̂
         queries = jnp.broadcast_to(wide[:, :, None], basis.shape)
         mapped, sums = linear_attention(
-            queries,
-            basis,
-            basis,
-            scale=1.0,
-            initial_state=state[0].astype(dtype),
+            queries, basis, basis, scale=1.0, initial_state=state[0].astype(dtype),
             return_state=True,
-        )
+        )  # fmt: skip
         count = state[1].astype(dtype)[:, None] + jnp.cumsum(member, 1)  # [b, t, n]
         total = state[1].astype(dtype) + member.sum(1)
         mapped = mapped.astype(dtype) / jnp.maximum(count, 1)[..., None]
@@ -255,6 +245,9 @@ class ModularDuplexAttention(SequenceMixer):
     Without modality ids all tokens are of modality 0: causal rotary attention (with the default
     patterns).
 
+    A call takes `modality_ids` [b, t] of its tokens, integers 0 .. n-1; None is 0, text. They go
+    without `segment_ids`.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       mode: "modular", or "joint" for one softmax over all modalities.
@@ -271,6 +264,8 @@ class ModularDuplexAttention(SequenceMixer):
     sites = HEAD_SITES
     directions = ("causal", "bidirectional")
     grouped = masked = rotary = True
+    drops = False
+    further = ("modality_ids",)
 
     def __init__(
         self,
@@ -297,10 +292,6 @@ class ModularDuplexAttention(SequenceMixer):
             raise NotImplementedError(
                 f"{name}: align='softmax' needs all tokens; use align='l2' or causal=False."
             )
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"{name}: dropout_rate={self.dropout_rate} is not supported; it is 0."
-            )
         if patterns is None:
             patterns = PATTERNS if self.causal else (("full", "full"), ("full", "full"))
         n = _check_patterns(name, patterns)
@@ -322,74 +313,42 @@ class ModularDuplexAttention(SequenceMixer):
         n = len(self.patterns)
         shape = (self.num_kv_heads, self.head_dim)
         shape = shape if self.align == "none" else (n, *shape)
-        tokens = TokenCache.create(
-            batch, max_length, {"key": shape, "value": shape, "modality": ()},
-            {"key": dtype, "value": dtype, "modality": jnp.int32},
-        )  # fmt: skip
+        shapes = {"key": shape, "value": shape, "modality": ()}
+        kinds = {"key": dtype, "value": dtype, "modality": jnp.int32}
+        tokens = TokenCache.create(batch, max_length, shapes, kinds)
         width = 0 if self.align == "none" else self.in_features
         wide = state_dtype(jnp.dtype(dtype))
         gram = jnp.zeros((batch, n, width, width), wide)
         return ModaCache(tokens, gram, jnp.zeros((batch, n), wide))
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        modality_ids: Int[Array, "b t"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; arguments not named here are those of `SequenceMixer`.
-
-        Args:
-          x: [b, t, in_features].
-          modality_ids: [b, t] of the tokens of x; None is 0, text.
-          mask, positions, cache, valid: as in `SequenceMixer`.
-          segment_ids: as in `SequenceMixer`, without `modality_ids`.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
-
-        Returns:
-          As `SequenceMixer`.
-        """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        name = type(self).__name__
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        x, cache, modality_ids = call.x, call.cache, call.further["modality_ids"]
+        name, n = type(self).__name__, len(self.patterns)
         if modality_ids is not None:
-            if modality_ids.shape != x.shape[:2]:
-                raise ValueError(
-                    f"{name}: modality_ids must have shape [batch, length] = {x.shape[:2]}, got "
-                    f"{modality_ids.shape}."
-                )
-            if segment_ids is not None:
-                raise NotImplementedError(
-                    f"{name}: segment_ids with modality_ids are not supported; give one document "
-                    "per row."
-                )
-        y = self.finish(call, self._mix(call, modality_ids))
-        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
-
-    def _mix(self, call: Call, modality_ids: Any) -> jax.Array:
-        """Z [b, t, h, d], with the next cache in `call.cache`."""
-        x, cache = call.x, call.cache
+            check_segments(name, modality_ids, x.shape[0], x.shape[1], "modality_ids")
+            if not isinstance(modality_ids, Tracer):
+                low, high = int(modality_ids.min()), int(modality_ids.max())
+                if low < 0 or high >= n:
+                    raise ValueError(
+                        f"{name}: modality_ids must be in 0 .. {n - 1}, as many as patterns has "
+                        f"rows, got {low} .. {high}."
+                    )
         q, k, v = self.heads(call, self.query(x), self.key(x), self.value(x))
-        alone = modality_ids is None and cache is None and self.patterns[0][0] != "none"
-        if alone and (self.patterns[0][0] == "causal") == self.causal:
+        alone = modality_ids is None and cache is None
+        if alone and self.patterns[0][0] == ("causal" if self.causal else "full"):
             q, k = self.rotate(call, q, k)
             return self.attend(call, q, k, v)[0]
+        if call.segment_ids is not None:
+            raise NotImplementedError(
+                f"{name}: segment_ids with modality_ids, or with patterns[0][0]="
+                f"{self.patterns[0][0]!r} and causal={self.causal}, are not supported; give one "
+                "document per row."
+            )
         ids = jnp.zeros(x.shape[:2], jnp.int32) if modality_ids is None else modality_ids
         ids = ids.astype(jnp.int32)
         state = None
         if self.align != "none":
-            n = len(self.patterns)
             aligned, state = gram_align(
                 x, ids, n, causal=self.causal, normalization=self.align, valid=call.valid,
                 state=None if cache is None else (cache.gram, cache.count),

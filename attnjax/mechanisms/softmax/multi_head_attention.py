@@ -9,9 +9,8 @@ Decoding takes an explicit cache (`cache=module.init_cache(...)`) where flax kee
 module (`decode=True`). Dropout masks are drawn per batch row, not shared between rows.
 
 Reference: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762. Grouped heads:
-  Ainslie et al.,
-2023, arXiv:2305.13245. Window with sinks: Xiao et al., 2023, arXiv:2309.17453, at original
-positions.
+Ainslie et al., 2023, arXiv:2305.13245. Window with sinks: Xiao et al., 2023, arXiv:2309.17453, at
+original positions.
 """
 
 from __future__ import annotations
@@ -27,28 +26,26 @@ from jaxtyping import Array, Bool, Float, Int
 from attnjax.attention import attention
 from attnjax.cache import DenseCache, RingCache
 from attnjax.cache.base import new_positions
-from attnjax.checks import check_heads
 from attnjax.layers import (
     LayerNorm,
-    Projection,
     RMSNorm,
-    add_bias,
     compute_dtype,
     default_bias_init,
     default_kernel_init,
 )
-from attnjax.masks import Causal, Sink, Window
-from attnjax.masks.keys import document_sinks, key_set
+from attnjax.masks import Sink, Window
+from attnjax.masks.keys import document_sinks
+from attnjax.mixer import Call, SequenceMixer
 from attnjax.positions import RopeScaling, apply_rope, rope_frequencies
 from attnjax.sinks import add_extra_key
 from attnjax.spec import Mechanism
-from attnjax.taps import MIXER_SITES, Edits, Tap
+from attnjax.taps import MIXER_SITES, Edits
 from pallas_kernels.maskprogram import MaskProgram
 
 SINK_KINDS = ("none", "sink_logit", "off_by_one", "kv_bias", "k_bias", "v_bias")
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(SequenceMixer):
     """Softmax attention with projections; self-attention, cross-attention, decoding.
 
     Args:
@@ -91,6 +88,8 @@ class MultiHeadAttention(nnx.Module):
     """
 
     sites = MIXER_SITES
+    directions = ("causal", "bidirectional")
+    grouped = masked = rotary = True
 
     def __init__(
         self,
@@ -128,15 +127,13 @@ class MultiHeadAttention(nnx.Module):
         keep_rngs: bool = True,
     ):
         name = type(self).__name__
-        qkv_features = in_features if qkv_features is None else qkv_features
-        out_features = in_features if out_features is None else out_features
-        in_kv_features = in_features if in_kv_features is None else in_kv_features
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_heads(name, num_heads, num_kv_heads)
-        if qkv_features % num_heads:
-            raise ValueError(
-                f"{name}: qkv_features={qkv_features} must be a multiple of num_heads={num_heads}."
-            )
+        super().__init__(
+            num_heads, in_features, qkv_features, out_features, num_kv_heads=num_kv_heads,
+            causal=causal, rope_base=rope_base, dropout_rate=dropout_rate,
+            deterministic=deterministic, dtype=dtype, param_dtype=param_dtype, precision=precision,
+            kernel_init=kernel_init, bias_init=bias_init, out_kernel_init=out_kernel_init,
+            use_bias=use_bias, rngs=rngs,
+        )  # fmt: skip
         if window is not None and window < 1:
             raise ValueError(
                 f"{name}: window={window} leaves no visible token; pass window >= 1 or None."
@@ -144,59 +141,27 @@ class MultiHeadAttention(nnx.Module):
         if sinks < 0 or (sinks and window is None):
             raise ValueError(
                 f"{name}: sinks={sinks} needs a window (the first tokens are visible anyway "
-                f"without one) "
-                "and must not be negative."
+                "without one) and must not be negative."
             )
         if sink not in SINK_KINDS:
             raise ValueError(f"{name}: sink={sink!r} is none of {', '.join(SINK_KINDS)}.")
         if qk_norm not in (None, "layer", "rms"):
             raise ValueError(f"{name}: qk_norm={qk_norm!r} is none of None, 'layer', 'rms'.")
         self._refuse_decode(decode)
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.in_features, self.qkv_features = in_features, qkv_features
-        self.out_features, self.in_kv_features = out_features, in_kv_features
-        self.head_dim = qkv_features // num_heads
-        self.causal, self.window, self.sinks, self.sink = causal, window, sinks, sink
-        self.rope_base, self.rope_scaling, self.rope_fraction = (
-            rope_base,
-            rope_scaling,
-            rope_fraction,
-        )
+        self.qkv_features = num_heads * self.head_dim
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.window, self.sinks, self.sink = window, sinks, sink
+        self.rope_scaling, self.rope_fraction = rope_scaling, rope_fraction
         self.softcap, self.scale, self.implementation = softcap, scale, implementation
-        self.dropout_rate, self.deterministic = dropout_rate, deterministic
-        self.dtype, self.param_dtype = dtype, param_dtype
-
-        def project(width: int, heads: int, axis: str) -> Projection:
-            return Projection(
-                width,
-                (heads, self.head_dim),
-                in_axes=("embed",),
-                out_axes=(axis, "head_dim"),
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                precision=precision,
-                rngs=rngs,
+        self.query = self.projection((num_heads, self.head_dim), rngs=rngs)
+        self.key, self.value = (
+            self.projection(
+                (self.num_kv_heads, self.head_dim), ("kv_heads", "head_dim"),
+                inputs=self.in_kv_features, rngs=rngs,
             )
-
-        self.query = project(in_features, num_heads, "heads")
-        self.key = project(in_kv_features, num_kv_heads, "kv_heads")
-        self.value = project(in_kv_features, num_kv_heads, "kv_heads")
-        self.out = Projection(
-            (num_heads, self.head_dim),
-            out_features,
-            in_axes=("heads", "head_dim"),
-            out_axes=("embed",),
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=out_kernel_init or kernel_init,
-            bias_init=out_bias_init or bias_init,
-            precision=precision,
-            rngs=rngs,
-        )
+            for _ in range(2)
+        )  # fmt: skip
+        self.out = self.output_projection(bias_init=out_bias_init, rngs=rngs)
         norm = {None: None, "layer": LayerNorm, "rms": RMSNorm}[
             "layer" if normalize_qk else qk_norm
         ]
@@ -265,7 +230,6 @@ class MultiHeadAttention(nnx.Module):
           NotImplementedError: for an option that does not go with the given cache.
         """
         self._refuse_decode(decode)
-        tap = Tap(edits, capture, sites=self.sites, name=type(self).__name__)
         cross = inputs_k is not None or inputs_v is not None
         x, x_k, x_v = self._inputs(inputs_q, inputs_k, inputs_v)
         lead, (b, t) = inputs_q.shape[:-2], x.shape[:2]
@@ -279,23 +243,22 @@ class MultiHeadAttention(nnx.Module):
         positions, segment_ids, valid = (
             None if a is None else a.reshape(b, t) for a in rows.values()
         )
-        self._check(cross, cache, positions, segment_ids, valid, b)
-        mask = mask if mask is None or isinstance(mask, MaskProgram) else _merge_batch(mask, lead)
-        if valid is not None:
-            # padding may hold anything, NaN too: 0 there keeps values and gradients clean
-            x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
-            x_k = x_v = x
-        q, k, v = self._project(tap, x, x_k, x_v, positions, cache)
-        options = dict(scale=self.scale, softcap=self.softcap, implementation=self.implementation)
-        options |= self._dropout(deterministic, dropout_rng, rngs)
-        z, captured, cache = self._attend(
-            tap, q, k, v, mask, is_causal, segment_ids, cache, valid, options
-        )
-        for site in ("scores", "weights"):
-            if site in tap.capture:
-                tap.captured[site] = captured[site]
-        y = self._output(tap, tap.heads(z)).reshape(*lead, t, self.out_features)
-        return tap.result(y) if cache is None else tap.result(y, cache)
+        if cross:
+            self._refuse_own(cache=cache, **rows)
+        if mask is not None and not isinstance(mask, MaskProgram):
+            mask = _merge_batch(mask, lead)
+        stream = self.rngs if rngs is None else rngs
+        stream = stream.dropout if isinstance(stream, nnx.Rngs) else stream
+        call = self.begin(
+            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
+            deterministic=deterministic, edits=edits, capture=capture,
+            dropout_rng=stream if dropout_rng is None else dropout_rng,
+        )  # fmt: skip
+        call.causal = self.causal or is_causal
+        inputs = (x_k, x_v) if cross else (call.x, call.x)
+        z = self._attend(call, *self._project(call, *inputs))
+        y = self.finish(call, z).reshape(*lead, t, self.out_features)
+        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Any:
         """An empty cache: a ring where a window keeps less than `max_length` tokens, else dense.
@@ -313,33 +276,30 @@ class MultiHeadAttention(nnx.Module):
         return DenseCache.create(batch, max_length, self.num_kv_heads, self.head_dim, dtype=dtype)
 
     def layout(self, is_causal: bool = False, segment_ids: Any = None) -> Any:
-        """The module's own mask, or None when everything is visible.
+        """The module's own mask besides causality, or None when everything is visible.
 
         Args:
           is_causal: causal even where the module is not.
           segment_ids: [b, t] packed documents, each of which has sinks of its own.
         """
-        causal = self.causal or is_causal
         if self.window is None:
-            return Causal() if causal else None
-        near = Window(self.window, 0 if causal else self.window - 1)
+            return None
+        near = Window(self.window, 0 if self.causal or is_causal else self.window - 1)
         if not self.sinks:
             return near
-        first = Sink(self.sinks) if segment_ids is None else document_sinks(segment_ids, self.sinks)
-        return Causal() & (near | first) if causal else near | first
+        return near | (
+            Sink(self.sinks) if segment_ids is None else document_sinks(segment_ids, self.sinks)
+        )
 
     def _project(
-        self, tap: Tap, x: jax.Array, x_k: jax.Array, x_v: jax.Array, positions: Any, cache: Any
+        self, call: Call, x_k: jax.Array, x_v: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values by head, normalized, edited, and rotated."""
-        q, k, v = self.query(x), self.key(x_k), self.value(x_v)
+        tap, positions = call.tap, call.positions
+        q, k, v = self.query(call.x), self.key(x_k), self.value(x_v)
         if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
-        if tap.edits.q_add is not None:
-            q = add_bias(q, tap.edits.q_add)
-        if tap.edits.k_add is not None:
-            k = add_bias(k, tap.edits.k_add)
-        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        q, k, v = self.heads(call, q, k, v)
         dtype = compute_dtype(self.dtype, q, k, v)
         q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
         q_at, k_at = tap.edits.query_positions, tap.edits.key_positions
@@ -347,12 +307,9 @@ class MultiHeadAttention(nnx.Module):
             if q_at is not None or k_at is not None:
                 raise ValueError("edits: positions can be replaced only where rope_base is set.")
             return tap("q_rot", q), tap("k_rot", k), v
-        if positions is None:
-            start = jnp.zeros((q.shape[0],), jnp.int32) if cache is None else cache.length
-            positions = new_positions(start, q.shape[1])
-            k_default = positions if k.shape[1] == q.shape[1] else new_positions(start, k.shape[1])
-        else:
-            k_default = positions
+        k_default = positions
+        if k.shape[1] != q.shape[1]:
+            k_default = new_positions(jnp.zeros((k.shape[0],), jnp.int32), k.shape[1])
         if k_at is not None and k_at.ndim == 3 and k_at.shape[1] != k.shape[2]:
             # positions by query head: the shared keys take one copy per position list
             k, v = (jnp.repeat(a, k_at.shape[1] // a.shape[2], axis=2) for a in (k, v))
@@ -360,87 +317,40 @@ class MultiHeadAttention(nnx.Module):
         k = self._rotate(k, k_default if k_at is None else k_at)
         return tap("q_rot", q), tap("k_rot", k), v
 
-    def _attend(
-        self,
-        tap: Tap,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Any,
-        is_causal: bool,
-        segment_ids: Any,
-        cache: Any,
-        valid: Any,
-        options: dict[str, Any],
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """Z [b, t, h, d] before `head_scale`, captured scores and weights, and the new cache."""
-        edits = tap.edits
-        wanted = tuple(site for site in ("scores", "weights") if site in tap.capture)
-        start = 0 if cache is None else cache.length
-        dense = {
-            "bias": edits.score_bias,
-            "weight_edit": tap.weight_edit(),
-            "score_mod": tap.score_mod(start),
-        }
-        if cache is None or isinstance(cache, DenseCache):
-            s = k.shape[1] if cache is None else cache.max_length
-            mask = self._mask(mask, is_causal, segment_ids, edits.key_mask, q.shape[1], s, start)
-        elif mask is not None or edits.key_mask is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: mask and key_mask need all keys, but "
-                f"{type(cache).__name__} "
-                "keeps some; use DenseCache.create(...) as the cache of this layer."
-            )
-        options |= {name: value for name, value in dense.items() if value is not None}
-        if wanted:
-            options["capture"] = wanted
-        if cache is None:
-            if segment_ids is not None:
-                options["segment_ids"] = segment_ids
-            if valid is not None:
-                options["key_value_seq_lengths"] = valid.astype(jnp.int32).sum(1)
-            outputs = attention(q, k, v, mask=mask, return_residual=True, **options)
-        elif isinstance(cache, DenseCache):
-            outputs, cache = cache.attend(q, k, v, mask=mask, valid=valid, **options)
+    def _attend(self, call: Call, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Z [b, t, h, d] before `head_scale`; moves the call's cache on."""
+        options = dict(scale=self.scale, softcap=self.softcap, implementation=self.implementation)
+        if call.cache is None or isinstance(call.cache, DenseCache):
+            layout = self.layout(call.causal, call.segment_ids)
+            z, lse = self.attend(call, q, k, v, layout=layout, **options)
         else:
-            odd = sorted(set(options) - {"scale", "softcap", "implementation"})
-            if odd:
-                raise NotImplementedError(
-                    f"{type(self).__name__}: {', '.join(odd)} with {type(cache).__name__} is not "
-                    "supported; use DenseCache.create(...) as the cache of this layer."
-                )
-            outputs, cache = cache.attend(q, k, v, valid=valid, **options)
-        z, lse = outputs[:2]
-        captured = outputs[2] if wanted else {}
-        if self.sink != "none":
-            z, captured = self._extra_key(tap, q, z, lse, captured)
-        return z, captured, cache
+            self._refuse_dense(call)
+            (z, lse), call.cache = call.cache.attend(q, k, v, valid=call.valid, **options)
+        return z if self.sink == "none" else self._extra_key(call, q, z, lse)
 
-    def _mask(
-        self,
-        mask: Any,
-        is_causal: bool,
-        segment_ids: Any,
-        key_mask: Any,
-        t: int,
-        s: int,
-        q_offset: Any,
-    ) -> Any:
-        """The module's mask, the caller's and the edits' in one: mask algebra, or an array."""
-        own = self.layout(is_causal, segment_ids)
-        if key_mask is not None:
-            kept = key_set(key_mask)
-            own = kept if own is None else own & kept
-        if mask is None or own is None:
-            return own if mask is None else mask
-        if isinstance(mask, MaskProgram):
-            return own & mask
-        return jnp.logical_and(mask, own.dense(t, s, q_offset=q_offset))
+    def _refuse_dense(self, call: Call) -> None:
+        """Refuses what needs all keys and their scores."""
+        tap, edits = call.tap, call.tap.edits
+        given = {
+            "mask": call.mask,
+            "key_mask": edits.key_mask,
+            "score_bias": edits.score_bias,
+            "edits of scores": tap.score_mod(call.start),
+            "edits of weights": tap.weight_edit(),
+            "capture": tap.capture & {"scores", "weights"} or None,
+            "dropout": call.dropout_key,
+        }
+        odd = [label for label, value in given.items() if value is not None]
+        if odd:
+            cache = type(call.cache).__name__
+            raise NotImplementedError(
+                f"{type(self).__name__}: {', '.join(odd)} with {cache} is not supported, since it "
+                "keeps some keys only; use DenseCache.create(...) as the cache of this layer."
+            )
 
-    def _extra_key(
-        self, tap: Tap, q: jax.Array, z: jax.Array, lse: jax.Array, captured: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _extra_key(self, call: Call, q: jax.Array, z: jax.Array, lse: jax.Array) -> jax.Array:
         """Adds the always visible key; captured weights then leave room for its weight."""
+        tap = call.tap
         if (
             tap.edits.weight_edit is not None
             or tap.edits_site("weights")
@@ -461,11 +371,11 @@ class MultiHeadAttention(nnx.Module):
             logits = jnp.broadcast_to(own.astype(lse.dtype)[None, None], lse.shape)
         value = None if self.value_bias is None else self.value_bias[...]
         z, total = add_extra_key(z, lse, logits, value)
-        if "weights" in captured:
-            weights = captured["weights"]
+        if "weights" in tap.captured:
+            weights = tap.captured["weights"]
             left = jnp.exp(lse - total).transpose(0, 2, 1)[..., None]  # [b, h, t, 1]
-            captured = captured | {"weights": weights * left.astype(weights.dtype)}
-        return z, captured
+            tap.captured["weights"] = weights * left.astype(weights.dtype)
+        return z
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotary embedding of x [b, t, h, d] at positions [b, t] or [b, h, t]."""
@@ -476,17 +386,6 @@ class MultiHeadAttention(nnx.Module):
         length = None if scaling is None else scaling.max_length
         inv_freq, factor = rope_frequencies(rotated, self.rope_base, scaling, length)
         return apply_rope(x, positions, inv_freq, attention_factor=factor)
-
-    def _output(self, tap: Tap, z: jax.Array) -> jax.Array:
-        """The output projection, with the sites "head_out" and "attn_out"."""
-        y = self.out(z)
-        if "head_out" in tap.capture or tap.edits_site("head_out"):
-            kernel = self.out.kernel[...].astype(y.dtype)
-            heads = jnp.einsum("bthd,hdm->bthm", z.astype(y.dtype), kernel)
-            new = tap("head_out", heads)
-            if tap.edits_site("head_out"):
-                y = y + (new - heads).sum(2)
-        return tap("attn_out", y)
 
     def _inputs(self, x: jax.Array, x_k: Any, x_v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The three inputs as [b, t, m], checked."""
@@ -514,62 +413,26 @@ class MultiHeadAttention(nnx.Module):
         flat = [a.reshape(-1, *a.shape[-2:]) for a in (x, x_k, x_v)]
         return flat[0], flat[1], flat[2]
 
-    def _check(
-        self, cross: bool, cache: Any, positions: Any, segment_ids: Any, valid: Any, batch: int
-    ) -> None:
-        """Refuses combinations that have no meaning."""
-        name = type(self).__name__
-        if cross:
-            given = dict(cache=cache, valid=valid, segment_ids=segment_ids, positions=positions)
-            for label, value in given.items():
-                if value is not None:
-                    raise NotImplementedError(
-                        f"{name}: {label} is for self-attention; with inputs_k use mask=, for "
-                        f"example "
-                        "attnjax.masks.Lengths or attnjax.masks.Segments."
-                    )
-        if cache is not None and not self.causal:
-            raise ValueError(f"{name}: a cache needs causal=True, set when the module is made.")
-        if cache is not None and cache.length.shape != (batch,):
-            raise ValueError(
-                f"{name}: the cache was made for batch {cache.length.shape}, the input has "
-                f"{batch} rows; "
-                "use init_cache(batch, max_length)."
-            )
-        if cache is not None and segment_ids is not None:
-            raise NotImplementedError(
-                f"{name}: segment_ids with a cache are not supported; decode one document per row."
-            )
+    def _refuse_own(self, **given: Any) -> None:
+        """Refuses what only self-attention has."""
+        for label, value in given.items():
+            if value is not None:
+                raise NotImplementedError(
+                    f"{type(self).__name__}: {label} is for self-attention; with inputs_k use "
+                    "mask=, for example attnjax.masks.Lengths or attnjax.masks.Segments."
+                )
 
-    def _dropout(self, deterministic: Any, dropout_rng: Any, rngs: Any) -> dict[str, Any]:
-        """Dropout options of `attention`: none of them where dropout is off."""
-        if self.dropout_rate == 0.0:
-            return {}
-        deterministic = self.deterministic if deterministic is None else deterministic
-        name = type(self).__name__
-        if deterministic is None:
-            raise ValueError(
-                f"{name}: dropout_rate={self.dropout_rate} needs deterministic=True or False, in "
-                f"the "
-                "call or when the module is made."
-            )
-        if deterministic:
-            return {}
-        if dropout_rng is None:
-            stream = self.rngs if rngs is None else rngs
-            stream = stream.dropout if isinstance(stream, nnx.Rngs) else stream
-            if stream is None:
-                raise ValueError(f"{name}: dropout needs dropout_rng=key or rngs= in the call.")
-            dropout_rng = stream()
-        return {"dropout_rate": self.dropout_rate, "dropout_rng": dropout_rng}
+    def _dropout_key(self, deterministic: bool | None, dropout_rng: Any) -> Any:
+        """As in `SequenceMixer`; draws from a stream where there is no key."""
+        key = super()._dropout_key(deterministic, dropout_rng)
+        return key() if callable(key) else key
 
     def _refuse_decode(self, decode: bool | None) -> None:
         if decode:
             raise NotImplementedError(
-                f"{type(self).__name__}: decode=True keeps a cache inside the module; here "
-                f"caches are "
-                "values: cache = module.init_cache(batch, max_length); y, cache = module(x, "
-                "cache=cache)."
+                f"{type(self).__name__}: decode=True keeps a cache inside the module; here caches "
+                "are values: cache = module.init_cache(batch, max_length); "
+                "y, cache = module(x, cache=cache)."
             )
 
 

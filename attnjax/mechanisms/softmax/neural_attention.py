@@ -31,8 +31,7 @@ from attnjax.attention import DENSE_SCORES
 from attnjax.checks import check_qkv
 from attnjax.dense import softmax_weights, weighted_values
 from attnjax.layers import Projection
-from attnjax.masks import Causal, Lengths, Mask, Segments
-from attnjax.masks.keys import key_set
+from attnjax.masks import Mask
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
 from pallas_kernels import tilemath
@@ -283,41 +282,14 @@ class NeuralAttention(SequenceMixer):
         stored = call.store(key=k, value=v)
         k, v = stored["key"], stored["value"]
         network = [(layer.kernel[...], layer.bias[...]) for layer in self.network]
-        if not _wants_scores(call):
+        if not call.wants_scores:
             return neural_attention(
-                q, k, v, network, mask=_visible(call, k.shape[1]), q_offset=call.start,
+                q, k, v, network, mask=call.visible(k.shape[1]), q_offset=call.start,
                 chunk_size=self.chunk_size,
             )  # fmt: skip
         scores = self.edit_scores(call, neural_scores(q, k, network))
         weights, _ = softmax_weights(scores, call.keep(k.shape[1]))
         return weighted_values(self.edit_weights(call, weights), v).astype(q.dtype)
-
-
-def _wants_scores(call: Call) -> bool:
-    """Whether scores or weights must exist: they are shown, edited or dropped."""
-    tap = call.tap
-    shown = any(site in tap.capture or tap.edits_site(site) for site in ("scores", "weights"))
-    edited = tap.edits.score_bias is not None or tap.edits.weight_edit is not None
-    return shown or edited or call.dropout_key is not None
-
-
-def _visible(call: Call, length: int) -> Any:
-    """What each token sees, as a mask of `attnjax.masks` where the caller gave no array."""
-    if not (call.mask is None or isinstance(call.mask, Mask)):
-        return call.keep(length)
-    key_mask, ids = call.tap.edits.key_mask, call.segment_ids
-    parts = (
-        Causal() if call.causal else None,
-        call.mask,
-        None if call.lengths() is None else Lengths(call.lengths()),
-        None if ids is None else Segments(ids),
-        None if key_mask is None else key_set(key_mask),
-    )
-    mask: Any = None
-    for part in parts:
-        if part is not None:
-            mask = part if mask is None else mask & part
-    return mask
 
 
 def _example() -> tuple[NeuralAttention, jax.Array]:

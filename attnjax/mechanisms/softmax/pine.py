@@ -26,7 +26,6 @@ Reference: Wang et al., "Eliminating Position Bias of Language Models: A Mechani
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from attnjax.attention import attention
 from attnjax.cache import DenseCache
@@ -47,7 +46,6 @@ from attnjax.merge import merge_attention
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
 
 
 def pine_attention(
@@ -224,6 +222,11 @@ class PineAttention(SequenceMixer):
 
     Its parameters are those of `MultiHeadAttention`: PINE is applied to a trained model.
 
+    A call takes `documents` (`attnjax.masks.multihop.Documents`), where they are; None is none, or
+    those that the cache remembers. With a cache, the first call brings prefix and documents at
+    once. Documents go without `positions` and `segment_ids`, and a cache without `positions`: both
+    have positions of their own.
+
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       rope_base: base of rotary positions. Llama 2: 10000, Llama 3: 500000.
@@ -237,6 +240,8 @@ class PineAttention(SequenceMixer):
 
     sites = HEAD_SITES
     grouped = masked = rotary = True
+    drops = False
+    further = ("documents",)
 
     def __init__(
         self,
@@ -254,10 +259,6 @@ class PineAttention(SequenceMixer):
         super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
         if rope_base is None:
             raise ValueError("PineAttention: rope_base=None; documents are placed by rotation.")
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"PineAttention: dropout_rate={self.dropout_rate} is not supported; it is 0."
-            )
         if max_documents < 0:
             raise ValueError(f"PineAttention: max_documents must be at least 0: {max_documents}.")
         self.max_documents = max_documents
@@ -273,68 +274,18 @@ class PineAttention(SequenceMixer):
         none = Documents.create(0, jnp.zeros((self.max_documents,), jnp.int32), batch)
         return PineCache(tokens, none)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        documents: Documents | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """Mixes the tokens of x; arguments not named here are those of `SequenceMixer`.
-
-        Args:
-          x: [b, t, in_features].
-          documents: where the documents are; None is none, or those that the cache remembers. With
-            a cache, the first call brings prefix and documents at once.
-          mask, segment_ids, cache, valid: as in `SequenceMixer`; segment_ids go without documents.
-          positions: not with documents, which have positions of their own.
-          deterministic, dropout_rng, edits, capture: as in `SequenceMixer`.
-
-        Returns:
-          As `SequenceMixer`.
-        """
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        if cache is not None:
-            documents = self._remembered(cache, documents)
-        if documents is not None and documents.lengths.shape[1] == 0:
-            documents = None
-        if documents is not None and cache is None:
-            given = dict(positions=positions, segment_ids=segment_ids)
-            for label, array in given.items():
-                if array is not None:
-                    raise NotImplementedError(
-                        f"{type(self).__name__}: {label} with documents is not supported; give "
-                        "one prompt per row, whose documents have positions of their own."
-                    )
-        if documents is not None:
-            self._check_documents(call, documents)
-        y = self.finish(call, self._mix(call, documents))
-        if cache is None:
-            return call.tap.result(y)
-        kept = cache.documents if documents is None else documents
-        return call.tap.result(y, PineCache(call.cache, kept))
-
-    def _mix(self, call: Call, documents: Documents | None) -> jax.Array:
-        """Z [b, t, h, d]; leaves the cache of keys and values in `call.cache`."""
+    def mix(self, call: Call) -> jax.Array:
+        """Z [b, t, h, d]."""
+        documents = self._documents(call)
         q, k, v = self.heads(call, self.query(call.x), self.key(call.x), self.value(call.x))
         base = self.rope_base
         assert base is not None
-        lengths = None
-        if call.cache is not None:
-            call.cache = call.cache.tokens.append(k, v, call.valid)
-            k, v = (a.astype(q.dtype) for a in (call.cache.key, call.cache.value))
-            lengths = call.cache.length
+        lengths, before = None, call.cache
+        if before is not None:
+            tokens = before.tokens.append(k, v, call.valid)
+            call.cache = PineCache(tokens, before.documents if documents is None else documents)
+            k, v = (a.astype(q.dtype) for a in (tokens.key, tokens.value))
+            lengths = tokens.length
         elif call.valid is not None:
             lengths = call.count.astype(jnp.int32)
         mask, kept = call.mask, call.tap.edits.key_mask
@@ -344,7 +295,7 @@ class PineAttention(SequenceMixer):
             return pine_attention(
                 q, k, v, documents, rope_base=base, q_offset=call.start, lengths=lengths, mask=mask
             )
-        if call.cache is None:
+        if before is None:
             q, k = self.rotate(call, q, k)
         else:
             inv_freq, _ = rope_frequencies(self.head_dim, base)
@@ -353,6 +304,28 @@ class PineAttention(SequenceMixer):
         return attention(
             q, k, v, mask=mask, is_causal=True, segment_ids=call.segment_ids, q_offset=call.start
         )
+
+    def _documents(self, call: Call) -> Documents | None:
+        """The documents of a call, checked; with a cache those that it is to remember."""
+        name, documents = type(self).__name__, call.further["documents"]
+        if call.cache is not None:
+            if call.placed:
+                raise NotImplementedError(
+                    f"{name}: positions with a cache are not supported; it counts its tokens "
+                    "itself, to rotate its keys anew in every call."
+                )
+            documents = self._remembered(call.cache, documents)
+        if documents is None or documents.lengths.shape[1] == 0:
+            return None
+        given = {"positions": call.placed, "segment_ids": call.segment_ids is not None}
+        for label, there in given.items():
+            if there:
+                raise NotImplementedError(
+                    f"{name}: {label} with documents is not supported; give one prompt per row, "
+                    "whose documents have positions of their own."
+                )
+        self._check_documents(call, documents)
+        return documents
 
     def _remembered(self, cache: PineCache, documents: Documents | None) -> Documents:
         """The documents of a call with a cache, as many as the cache has room for."""

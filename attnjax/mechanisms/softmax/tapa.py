@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from attnjax.cache import TokenCache
 from attnjax.checks import check_qkv
 from attnjax.dense import qk_scores, softmax_weights, weighted_values
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
@@ -156,12 +155,9 @@ class TAPA(SequenceMixer):
         shared = dict.fromkeys(("key", "value"), (self.num_kv_heads, self.head_dim))
         return shared | {"position": ()}
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> TokenCache:
-        """As in `SequenceMixer`; positions are integers, whatever the dtype."""
-        self._require_decoding()
-        dtype = (self.dtype or self.param_dtype) if dtype is None else dtype
-        kinds = {"key": dtype, "value": dtype, "position": jnp.int32}
-        return TokenCache.create(batch, max_length, self.token_shapes(), kinds)
+    def token_dtypes(self, dtype: Any) -> dict[str, Any]:
+        """Positions are integers, whatever the dtype."""
+        return {"position": jnp.int32}
 
     def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d]."""

@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Complex, Float, Num
 
 from attnjax.dense import qk_scores, softmax_weights, weighted_values
-from attnjax.layers import LayerNorm, Projection, add_bias
+from attnjax.layers import LayerNorm, Projection
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
 from pallas_kernels import tilemath
@@ -167,25 +167,21 @@ class FactoredAttention(SequenceMixer):
 
     def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d]."""
-        x, tap = call.x, call.tap
+        x, v = call.x, self.value(call.x)
         b, t = x.shape[:2]
-        v = self.value(x)
         keep = call.keep(t)
-        edits = tap.edits
-        shown = any(site in tap.capture or tap.edits_site(site) for site in SCORE_SITES)
-        given = (keep, edits.score_bias, edits.weight_edit, call.dropout_key)
-        if self.query is None and not self.softmax and not shown and all(g is None for g in given):
-            return factored_attention(v, self.by_position(t))
-        dtype = tilemath.accumulator_dtype(v.dtype)
-        scores = jnp.zeros((b, self.num_heads, t, t), dtype)
         if self.query is not None and self.key is not None:
             q, k, v = self.heads(call, self.query(x), self.key(x), v)
             scores = qk_scores(q, k)
+            if self.alpha is not None:
+                scores = scores + self.by_position(t)[None].astype(scores.dtype)
         else:
-            v = tap("v", v)
             self._refuse_qk(call)
-        if self.alpha is not None:
-            scores = scores + self.by_position(t)[None].astype(dtype)
+            v = call.tap("v", v)
+            if not self.softmax and keep is None and not call.wants_scores:
+                return factored_attention(v, self.by_position(t))
+            scores = self.by_position(t)[None].astype(tilemath.accumulator_dtype(v.dtype))
+            scores = jnp.broadcast_to(scores, (b, *scores.shape[1:]))
         scores = self.edit_scores(call, scores)
         if self.softmax:
             weights, _ = softmax_weights(scores, keep)
@@ -245,8 +241,8 @@ class WaveFunction(nnx.Module):
                 param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        def norm() -> _Norm:
-            return _Norm(width, param_dtype=param_dtype)
+        def norm() -> LayerNorm:
+            return LayerNorm(width, use_bias=True, param_dtype=param_dtype)
 
         self.embed = dense(patch * patch, width)
         self.mixers = nnx.List(
@@ -291,17 +287,6 @@ def log_cosh(z: Complex[Array, " ..."]) -> Complex[Array, " ..."]:
     """Ln cosh z, without overflow for a large real part."""
     z = jnp.where(z.real < 0, -z, z)
     return z + jnp.log((1 + jnp.exp(-2 * z)) / 2)
-
-
-class _Norm(LayerNorm):
-    """Layer norm with a bias."""
-
-    def __init__(self, features: int, *, param_dtype: Any):
-        super().__init__(features, param_dtype=param_dtype)
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=("embed",))
-
-    def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
-        return add_bias(super().__call__(x), self.bias[...])
 
 
 def _example() -> tuple[FactoredAttention, jax.Array]:

@@ -139,8 +139,8 @@ def next_memory(
 class TransformerXLAttention(SequenceMixer):
     """Multi-head `transformer_xl_attention` with segment memory.
 
-    A call sees its own tokens; with a cache also all tokens in it (one step of decoding costs what
-    its new tokens cost); `segment` sees a memory of hidden states, for training on long texts.
+    A call sees its own tokens; with a cache also all tokens in it; `segment` sees a memory of
+    hidden states, for training on long texts. `positions` change nothing, see above.
 
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
@@ -230,10 +230,11 @@ class TransformerXLAttention(SequenceMixer):
             )
         self.content_bias = biases[0]
         self.position_bias = biases[1] if count == 2 else nnx.data(None)
-        self.norm = self.norm_bias = nnx.data(None)
+        self.norm = nnx.data(None)
         if residual is not None:
-            self.norm = LayerNorm(in_features, epsilon=1e-5, param_dtype=self.param_dtype)
-            self.norm_bias = self.parameter(jnp.zeros((in_features,)), ("embed",))
+            self.norm = LayerNorm(
+                in_features, epsilon=1e-5, use_bias=True, param_dtype=self.param_dtype
+            )
 
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys and values."""
@@ -253,28 +254,30 @@ class TransformerXLAttention(SequenceMixer):
         Args:
           x: [b, t, in_features].
           memory: [b, m, in_features], what the last call returned; None at the start. It gets no
-            gradient.
+            gradient, and every query sees all of it that the module's window leaves.
           memory_length: tokens to keep for the next call; None keeps m, or t at the start.
           encodings: vectors of the distances, from m + t - 1 down, that replace the sinusoids.
-          options: as in a call: mask over memory and segment, valid, edits, capture, ...
+          options: as in a call: mask over memory and segment, edits, capture, ...
 
         Returns:
           (y, memory), and captured arrays as a dict last.
 
         Raises:
-          NotImplementedError: for segment_ids or a cache together with a memory.
+          ValueError: for a memory of another batch or width.
+          NotImplementedError: for segment_ids, valid or a cache.
         """
         name = type(self).__name__
-        for label in ("segment_ids", "cache"):
-            if memory is not None and options.get(label) is not None:
+        for label in ("segment_ids", "valid", "cache"):
+            if options.get(label) is not None:
                 raise NotImplementedError(
-                    f"{name}.segment: {label} with a memory is not supported; a memory holds the "
-                    "one text that the segment goes on."
+                    f"{name}.segment: {label} is not supported; a memory holds the one text that "
+                    "the segment goes on, the same number of tokens in every row. Pass mask over "
+                    "memory and segment, or call the module itself."
                 )
-        if memory is not None and options.get("valid") is not None and not self.causal:
-            raise NotImplementedError(
-                f"{name}.segment: valid with a memory is not supported for causal=False; pass "
-                "mask over memory and segment."
+        if memory is not None and memory.shape[::2] != x.shape[::2]:
+            raise ValueError(
+                f"{name}.segment: memory must have shape [batch, tokens, features] = "
+                f"[{x.shape[0]}, m, {x.shape[2]}], got {memory.shape}."
             )
         call = self.begin(x, **options)
         y = self.finish(call, self.mix(call, memory, encodings))
@@ -296,14 +299,14 @@ class TransformerXLAttention(SequenceMixer):
             old = jax.lax.stop_gradient(memory).astype(source.dtype)
             source = jnp.concatenate([old, source], axis=1)
         if self.residual == "pre":
-            source = self._normalize(source)
+            source = self.norm(source)  # pyright: ignore[reportOptionalCall]
         cached = call.cache is not None
         q, k, v = self.heads(call, *self.project(call, source))
         stored = call.store(key=k, value=v)
         k, v = stored["key"], stored["value"]
         s = k.shape[1]
         ahead = 0 if self.causal else t - 1
-        products = relative_products(q, *self._relative(s - 1, -ahead, encodings, q.dtype))
+        products = self._relative(q, s - 1, -ahead, encodings)
         if cached:  # every row stands elsewhere
             query = call.start[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
             key = jnp.arange(s, dtype=jnp.int32)
@@ -320,18 +323,15 @@ class TransformerXLAttention(SequenceMixer):
     def finish(self, call: Call, z: jax.Array) -> jax.Array:
         """The output, with the residual connection where there is one."""
         y = super().finish(call, z)
-        if self.residual is None:
+        if self.norm is None:
             return y
         y = call.x.astype(y.dtype) + y
-        return self._normalize(y) if self.residual == "post" else y
-
-    def _normalize(self, x: jax.Array) -> jax.Array:
-        return add_bias(self.norm(x), self.norm_bias[...])  # pyright: ignore[reportOptionalCall]
+        return self.norm(y) if self.residual == "post" else y
 
     def _relative(
-        self, first: int, last: int, encodings: jax.Array | None, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """R [n, h, d] and β [n, h] of the distances first, first - 1, ..., last."""
+        self, query: jax.Array, first: int, last: int, encodings: jax.Array | None
+    ) -> jax.Array:
+        """(q_i · r_n + β_n) / sqrt(d) [b, h, t, n] of the distances first, first - 1, ..., last."""
         if self.relative is None:
             farthest = max(first, 1 - last)
             if farthest > self.max_distance:
@@ -341,14 +341,20 @@ class TransformerXLAttention(SequenceMixer):
                     f"{farthest} or use a shorter memory or cache."
                 )
             rows = slice(self.max_distance - first, self.max_distance - last + 1)
-            return self.table[...][rows], self.table_bias[...][rows]
+            return relative_products(query, self.table[...][rows], self.table_bias[...][rows])
         if encodings is None:
-            encodings = jnp.asarray(
-                sinusoids(np.arange(first, last - 1, -1), self.in_features), dtype
-            )
-        r = self.relative(encodings)
-        v = self.position_bias[...].astype(r.dtype)
-        return r, (r * v[None]).sum(-1)
+            table = sinusoids(np.arange(first, last - 1, -1), self.in_features)
+            encodings = jnp.asarray(table, query.dtype)
+        t, (n, d) = query.shape[1], (len(encodings), self.head_dim)
+        query = add_bias(query, self.position_bias[...])
+        if t * (n + d) >= n * d:
+            return relative_products(query, self.relative(encodings))
+        # in decoding W_r acts on the few queries, not on the distances of the whole cache
+        dtype = tilemath.accumulator_dtype(query.dtype)
+        kernel = self.relative.kernel[...].astype(dtype)
+        query = jnp.einsum("bthd,mhd->bthm", query.astype(dtype), kernel)
+        products = jnp.einsum("bthm,nm->bhtn", query, encodings.astype(dtype))
+        return products * jnp.asarray(d**-0.5, dtype)
 
 
 def _example() -> tuple[TransformerXLAttention, jax.Array]:

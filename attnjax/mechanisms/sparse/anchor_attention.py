@@ -36,66 +36,13 @@ from jaxtyping import Array, Bool, Float, Int
 from attnjax.attention import attention
 from attnjax.checks import check_qkv
 from attnjax.dense import qk_scores, softmax_weights
-from attnjax.masks import BlockPattern, Causal, Mask, Or, Sink
+from attnjax.masks import BlockPattern, Causal, Mask, Or, Prefix, SinceGroup, Sink
 from attnjax.merge import merge_attention
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
-from pallas_kernels.maskprogram import floor_div, look_up, mask_node, to_class
 from pallas_kernels.tilemath import accumulator_dtype
 
 PARTITIONS = ("disjoint", "released")
-
-
-@mask_node()
-class SinceGroup(Mask):
-    """A query sees its group and some keys before it: k >= group ⌊q / group⌋ - behind.
-
-    Attributes:
-      group: queries per group.
-      behind: keys before the group.
-    """
-
-    group: int
-    behind: int
-
-    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """See `MaskProgram.predicate`."""
-        return k >= self._first(q)
-
-    def _classify(self, xp: Any, b: Any, h: Any, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        return to_class(xp, k1 - 1 < self._first(q0), k0 >= self._first(q1 - 1))
-
-    def _first(self, q: Any) -> Any:
-        return floor_div(q, self.group) * self.group - self.behind
-
-
-@mask_node("count")
-class FirstKeys(Mask):
-    """Each head of each row sees its first count[b, h] keys.
-
-    Attributes:
-      count: [b, h] int32.
-    """
-
-    count: Any
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of `count`."""
-        return self.count.shape[1]
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of `count`."""
-        return self.count.shape[0]
-
-    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """See `MaskProgram.predicate`."""
-        return k < look_up(self.count, b, h)
-
-    def _classify(self, xp: Any, b: Any, h: Any, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        count = look_up(self.count, b, h)
-        return to_class(xp, k0 >= count, k1 <= count)
 
 
 class Anchors(NamedTuple):
@@ -388,7 +335,7 @@ def _gathered(
         q, kept = part  # [b, g, h, d], [b, h, t]
         order = jnp.argsort(~kept, axis=-1, stable=True).swapaxes(1, 2)[..., None]  # [b, t, h, 1]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (keys, values))
-        seen = FirstKeys(kept.sum(-1, dtype=jnp.int32))
+        seen = Prefix(kept.sum(-1, dtype=jnp.int32))
         return attention(q, k, v, mask=seen, **options)
 
     out, lse = lax.map(of_group, (queries, stripes.transpose(2, 0, 1, 3)))

@@ -16,8 +16,7 @@ on both sides (greedy suppression needs the whole text) and counts from the toke
 on; the chunk behind the last boundary grows. A positive factor of a query block's mean, such as
 sqrt of its length in the official code, cannot change its choice and is left out.
 
-The second revision of the code chooses blocks of fixed sizes: `dhsa_block_mask`, without its
-vertical-and-slash kind.
+The second revision of the code chooses blocks of fixed sizes by head: `dhsa_block_mask`.
 
 Reference: Xiong et al., "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for
 On-Device LLMs", 2025, arXiv:2510.24606; official code xiongsiheng/DHSA (folder legacy).
@@ -31,18 +30,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from attnjax.attention import attention
-from attnjax.cache import TokenCache
-from attnjax.checks import check_qkv
-from attnjax.mechanisms.sparse.dhsa_boundaries import BoundaryPredictor
+from attnjax.mechanisms.sparse.dhsa_blocks import dhsa_block_mask
+from attnjax.mechanisms.sparse.dhsa_boundaries import (
+    BoundaryPredictor,
+    boundary_loss,
+    boundary_ratios,
+    dhsa_boundaries,
+)
+from attnjax.mechanisms.sparse.gathered import GATHERED_KEYS, gathered_attention, in_parts
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
 from pallas_kernels.tilemath import accumulator_dtype
 
-GATHERED_KEYS = 1 << 16
-"""Keys that are gathered at a time: bounds the memory of long prompts."""
+__all__ = [
+    "BoundaryPredictor",
+    "DHSAttention",
+    "boundary_loss",
+    "boundary_ratios",
+    "dhsa_attention",
+    "dhsa_block_mask",
+    "dhsa_boundaries",
+    "dhsa_select",
+    "gathered_attention",
+]
 
 
 def dhsa_select(
@@ -65,7 +77,8 @@ def dhsa_select(
       block_q: queries per block.
       local_tokens: most recent keys that are always read.
       normalize: score a chunk by its mean times sqrt(its length).
-      window: keys that a block of queries may read at all, counted from its end; None is all.
+      window: keys that a block of queries may read at all, counted from the end of a whole block;
+        None is all.
 
     Returns:
       Indices of keys, increasing; s where the block may read fewer keys than the budget. A block
@@ -84,8 +97,9 @@ def dhsa_select(
     starts, ends = bounds[:, :-1], bounds[:, 1:]
     means = _means(total, starts, ends, normalize)
     scores = jnp.einsum("bqd,bnd->bqn", q, means)
-    high = jnp.minimum((jnp.arange(blocks, dtype=jnp.int32) + 1) * block_q, s)
-    low = jnp.zeros_like(high) if window is None else jnp.maximum(high - window, 0)
+    end = (jnp.arange(blocks, dtype=jnp.int32) + 1) * block_q
+    high = jnp.minimum(end, s)
+    low = jnp.zeros_like(end) if window is None else jnp.clip(end - window, 0, high)
     return _fill(
         scores, starts[:, None], ends[:, None], low[None], high[None], budget, local_tokens, s
     )
@@ -140,66 +154,6 @@ def _fill(
     return jnp.sort(chosen, axis=-1).astype(jnp.int32)
 
 
-def gathered_attention(
-    query: Float[Array, "b t h d"],
-    key: Float[Array, "b s g d"],
-    value: Float[Array, "b s g e"],
-    index: Int[Array, "b q r"],
-    *,
-    block_q: int,
-    q_offset: Int[Array, " b"] | int = 0,
-) -> Float[Array, "b t h e"]:
-    """Exact causal attention of blocks of queries to the keys listed for each block.
-
-    Args:
-      query, key, value: h a multiple of g.
-      index: keys of each block of `block_q` queries; s marks an empty place, no key twice.
-      block_q: queries per block.
-      q_offset: index of the first query among the keys.
-
-    Returns:
-      Output in the dtype of `query`.
-
-    Memory: O(r) gathered keys per block, 2^16 at a time.
-    """
-    check_qkv("gathered_attention", query, key, value)
-    b, t, h, d = query.shape
-    blocks, r = index.shape[1:]
-    s = key.shape[1]
-    pad = blocks * block_q - t
-    q = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, blocks, block_q, h, d)
-    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32).reshape(-1), (b,))
-    at = jnp.arange(blocks * block_q, dtype=jnp.int32).reshape(1, blocks, block_q)
-    at = at + offset[:, None, None]
-    rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-    step = min(blocks, max(1, GATHERED_KEYS // r))
-
-    def some(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, index, at = part
-        found = jnp.minimum(index, s - 1)
-        k, v = (a[rows, found].reshape(-1, r, *a.shape[2:]) for a in (key, value))
-        seen = (index[:, :, None] <= at[..., None]) & (index < s)[:, :, None]
-        out = attention(
-            q.reshape(-1, block_q, h, d), k.astype(q.dtype), v.astype(q.dtype),
-            mask=seen.reshape(-1, 1, block_q, r),
-        )  # fmt: skip
-        return out.reshape(*q.shape[:4], -1)
-
-    if step == blocks:
-        out = some((q, index, at))
-    else:
-
-        def split(a: jax.Array) -> jax.Array:
-            fill = [(0, 0), (0, -blocks % step)] + [(0, 0)] * (a.ndim - 2)
-            a = jnp.pad(a, fill)
-            return a.reshape(b, -1, step, *a.shape[2:]).swapaxes(0, 1)
-
-        # keep no gathered keys for the gradient: they are gathered again
-        out = jax.lax.map(jax.checkpoint(some), (split(q), split(index), split(at)))
-        out = out.swapaxes(0, 1).reshape(b, -1, *out.shape[3:])[:, :blocks]
-    return out.reshape(b, blocks * block_q, h, -1)[:, :t]
-
-
 def dhsa_attention(
     query: Float[Array, "b t h d"],
     key: Float[Array, "b t g d"],
@@ -235,60 +189,6 @@ def dhsa_attention(
     return gathered_attention(query, key, value, index, block_q=block_q)
 
 
-def dhsa_block_mask(
-    query: Float[Array, "b t h d"],
-    key: Float[Array, "b s g d"],
-    *,
-    block_q: int = 128,
-    block_kv: int = 32,
-    density: float = 0.125,
-    kind: str = "plain",
-) -> Bool[Array, "b h q n"]:
-    """The second revision's choice of fixed blocks by head, for `BlockPattern(mask, 128, 32)`.
-
-    Combine with `Causal()`. A row reads max(1, round(density n)) blocks, those of highest product
-    of means; rows with no more causal blocks than that are dense. How the means treat heads is our
-    reading: each query head chooses for itself.
-
-    Args:
-      query, key: as the attention uses them.
-      block_q, block_kv: tokens per block.
-      density: share of the n key blocks that a row reads.
-      kind: "plain", or "a_shape", which always reads the first block and the most recent ones that
-        hold the row's own tokens.
-
-    Raises:
-      ValueError: for an unknown kind or a density outside of (0, 1].
-    """
-    if kind not in ("plain", "a_shape") or not 0 < density <= 1:
-        raise ValueError(
-            f"dhsa_block_mask: needs kind 'plain' or 'a_shape' and 0 < density <= 1, got "
-            f"kind={kind!r}, density={density}."
-        )
-    dtype = accumulator_dtype(query.dtype)
-
-    def means(x: jax.Array, block: int) -> jax.Array:
-        n = -(-x.shape[1] // block)
-        x = jnp.pad(x.astype(dtype), ((0, 0), (0, n * block - x.shape[1]), (0, 0), (0, 0)))
-        count = jnp.minimum(jnp.full((n,), block), x.shape[1] - jnp.arange(n) * block)
-        summed = x.reshape(x.shape[0], n, block, *x.shape[2:]).sum(2)
-        return summed / count.astype(dtype)[None, :, None, None]
-
-    k = jnp.repeat(means(key, block_kv), query.shape[2] // key.shape[2], axis=2)
-    scores = jnp.einsum("bqhd,bnhd->bhqn", means(query, block_q), k)
-    rows, n = scores.shape[2:]
-    last = (jnp.arange(rows)[:, None] + 1) * block_q - 1
-    start = jnp.arange(n)[None] * block_kv
-    causal = start <= last
-    if kind == "a_shape":
-        own = causal & (start + block_kv > last + 1 - block_q)
-        scores = jnp.where((own | (start == 0))[None, None], jnp.inf, scores)
-    scores = jnp.where(causal[None, None], scores, -jnp.inf)
-    _, best = jax.lax.top_k(scores, max(1, round(density * n)))
-    chosen = (best[..., None] == jnp.arange(n)[(None,) * 4]).any(-2)
-    return chosen & causal[None, None]
-
-
 class DHSAttention(SequenceMixer):
     """Multi-head attention to a budget of tokens, chosen by chunks; causal and decodable.
 
@@ -303,7 +203,8 @@ class DHSAttention(SequenceMixer):
       window: keys on each side of a gap that the predictor sees. Paper: 4.
       hidden: width of the predictor. Paper: 256.
       nms: tokens between boundaries are more than this. Paper: 8.
-      theta: boundaries have logits above it; None is no threshold. Paper: 1.1.
+      theta: boundaries have logits above it; None is no threshold. Official code: 1.1, its
+        threshold of ratios, for logits too.
       normalize: score a chunk by its mean times sqrt(its length).
       **options: of `SequenceMixer`, except dropout_rate.
 
@@ -314,7 +215,7 @@ class DHSAttention(SequenceMixer):
 
     sites = HEAD_SITES
     grouped = rotary = True
-    packed = False
+    packed = drops = False
 
     def __init__(
         self,
@@ -337,10 +238,6 @@ class DHSAttention(SequenceMixer):
         _check("DHSAttention", budget, local_tokens, 1)
         if nms < 0:
             raise ValueError(f"DHSAttention: nms={nms} must be at least 0.")
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"DHSAttention: dropout_rate={self.dropout_rate} is not supported; use 0."
-            )
         self.budget, self.local_tokens, self.nms = budget, local_tokens, nms
         self.theta, self.normalize = theta, normalize
         groups = (self.num_kv_heads, self.head_dim)
@@ -357,20 +254,10 @@ class DHSAttention(SequenceMixer):
         groups = (self.num_kv_heads, self.head_dim)
         return {"key": groups, "value": groups, "total": (self.head_dim,), "logit": ()}
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> TokenCache:
-        """An empty cache.
-
-        Args:
-          batch: rows.
-          max_length: tokens per row, prompt and continuation together.
-          dtype: of keys and values; None is the module's dtype, or that of the parameters. Sums and
-            logits are at least float32.
-        """
-        self._require_decoding()
-        dtype = jnp.dtype((self.dtype or self.param_dtype) if dtype is None else dtype)
+    def token_dtypes(self, dtype: Any) -> dict[str, Any]:
+        """Sums and logits are at least float32."""
         wide = accumulator_dtype(dtype)
-        kinds = {"key": dtype, "value": dtype, "total": wide, "logit": wide}
-        return TokenCache.create(batch, max_length, self.token_shapes(), kinds)
+        return {"total": wide, "logit": wide}
 
     def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d]."""
@@ -391,30 +278,23 @@ class DHSAttention(SequenceMixer):
             total = total + before.astype(dtype)
         logit = self.predictor(k, past)
         stored = call.store(key=k, value=v, total=total, logit=logit)
-        at = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        index = self.select(q, stored["total"], stored["logit"], at)
-        return gathered_attention(
-            q, stored["key"], stored["value"], index, block_q=1, q_offset=call.start
-        )
+        starts = self.starts(stored["logit"])
 
-    def select(
-        self,
-        query: Float[Array, "b t h d"],
-        total: Float[Array, "b s d"],
-        logit: Float[Array, "b s"],
-        at: Int[Array, "b t"],
-    ) -> Int[Array, "b t r"]:
-        """The keys that each query reads, from what was known when it came.
+        def some(q: jax.Array, at: jax.Array) -> jax.Array:
+            index = self.select(q, stored["total"], starts, at)
+            return gathered_attention(q, stored["key"], stored["value"], index, at=at)
+
+        at = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        read = min(self.budget, stored["key"].shape[1])
+        return in_parts(some, max(1, GATHERED_KEYS // read), q, at)
+
+    def starts(self, logit: Float[Array, "b s"]) -> Int[Array, "b n"]:
+        """First tokens of all chunks but the first, in order; s where there are no more.
 
         Args:
-          query: as the attention uses it.
-          total: running sums of the keys' mean over heads.
           logit: of the gap behind token j - window, at token j.
-          at: index of each query.
         """
-        b, s = logit.shape
-        w, nms = self.predictor.window, self.nms
-        budget = min(self.budget, s)
+        s, w, nms = logit.shape[1], self.predictor.window, self.nms
         j = jnp.arange(s, dtype=jnp.int32)[None]
         logit = jax.lax.stop_gradient(jnp.where(j >= 2 * w - 1, logit, -jnp.inf))
         wide = jnp.pad(logit, ((0, 0), (nms, nms)), constant_values=-jnp.inf)
@@ -423,10 +303,29 @@ class DHSAttention(SequenceMixer):
             best = best & (logit > wide[:, i : i + s]) & (logit >= wide[:, nms + 1 + i :][:, :s])
         n = s // (nms + 1) + 1
         found = jax.vmap(lambda row: jnp.nonzero(row, size=n, fill_value=s)[0])(best)
-        starts = jnp.where(found < s, found.astype(jnp.int32) - w + 1, s)
+        return jnp.where(found < s, found.astype(jnp.int32) - w + 1, s)
+
+    def select(
+        self,
+        query: Float[Array, "b t h d"],
+        total: Float[Array, "b s d"],
+        starts: Int[Array, "b n"],
+        at: Int[Array, "b t"],
+    ) -> Int[Array, "b t r"]:
+        """The keys that each query reads, from what was known when it came.
+
+        Args:
+          query: as the attention uses it.
+          total: running sums of the keys' mean over heads.
+          starts: of chunks, from `starts`.
+          at: index of each query.
+
+        Memory: O(t n).
+        """
+        b, s = total.shape[:2]
         # a boundary counts once all gaps that could suppress it are known
-        known = (starts + (w - 1 + nms))[:, None] <= at[..., None]  # [b, t, n]
-        known = known & (starts < s)[:, None]
+        decided = starts + (self.predictor.window - 1 + self.nms)
+        known = (decided[:, None] <= at[..., None]) & (starts < s)[:, None]  # [b, t, n]
         starts = jnp.pad(starts, ((0, 0), (1, 0)))
         until = jnp.concatenate([starts[:, 1:], jnp.full((b, 1), s, jnp.int32)], axis=1)
         begun = jnp.pad(known, ((0, 0), (0, 0), (1, 0)), constant_values=True)
@@ -442,9 +341,8 @@ class DHSAttention(SequenceMixer):
         growing = (q * growing).sum(-1, keepdims=True)
         scores = jnp.where(closed, scores, growing)
         scores = jax.lax.stop_gradient(scores)
-        return _fill(
-            scores, starts[:, None], ends, jnp.zeros_like(at), high, budget, self.local_tokens, s
-        )
+        low, budget = jnp.zeros_like(at), min(self.budget, s)
+        return _fill(scores, starts[:, None], ends, low, high, budget, self.local_tokens, s)
 
 
 def _check(name: str, budget: int, local: int, block_q: int) -> None:
@@ -493,7 +391,7 @@ SPEC = Mechanism(
     cost="O(T n / b + T budget) for n chunks, query blocks of b tokens (1 in the module)",
     reduces_to={"budget >= T": "multi_head_attention"},
     picture=_picture,
-    reading="the causal form of the boundaries that the module uses, and how fixed blocks are "
-    "chosen by head.",
+    reading="the causal form of the boundaries that the module uses; and that blocks of the future "
+    "do not compete for places in dhsa_block_mask.",
     example=_example,
 )

@@ -33,49 +33,15 @@ from jaxtyping import Array, Float, Int
 
 from attnjax.attention import attention
 from attnjax.cache.base import cache_bytes, check_room, valid_count
-from attnjax.checks import check_qkv, check_segments
+from attnjax.checks import check_no_scores, check_qkv, check_segments
 from attnjax.layers import RMSNorm
-from attnjax.masks import BlockPattern, Causal, Full, Mask
-from attnjax.masks.sequences import _range_minimum
+from attnjax.masks import Causal, Chunked, Full, KeptUntil, Mask, SinceGroup, query_set
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
-from pallas_kernels.maskprogram import look_up, mask_node, to_class
 from pallas_kernels.tilemath import accumulator_dtype
 
 BIAS_FORMS = ("linear", "exp")
 SELECTIONS = ("topk", "relu")
-
-
-@mask_node("end")
-class KeptUntil(Mask):
-    """Key k is visible to the queries before `end[b, h, k]`; causality is up to another mask.
-
-    Attributes:
-      end: [b or 1, h or 1, s] int32, in query indices.
-    """
-
-    end: Any
-
-    @property
-    def num_heads(self) -> int | None:
-        """Heads of `end`, None when one serves all."""
-        return self.end.shape[1] if self.end.shape[1] > 1 else None
-
-    @property
-    def batch_size(self) -> int | None:
-        """Rows of `end`, None when one serves all."""
-        return self.end.shape[0] if self.end.shape[0] > 1 else None
-
-    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """See `MaskProgram.predicate`."""
-        return q < look_up(self.end, b, h, k)
-
-    def _classify(self, xp: Any, b: Any, h: Any, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        rows, heads, s = self.end.shape
-        row = (b if rows > 1 else 0) * heads + (h if heads > 1 else 0) + 0 * k0
-        flat = self.end.reshape(rows * heads, s)
-        last = -_range_minimum(xp, -flat, row, k0, k1)
-        return to_class(xp, q0 >= last, q1 <= _range_minimum(xp, flat, row, k0, k1))
 
 
 def dynamic_mask(
@@ -99,7 +65,7 @@ def dynamic_mask(
       num_heads: h, query heads to spell the mask out for; None is g.
 
     Returns:
-      A mask over [b, h]. Memory: O(s); with block_size c, t s / c booleans.
+      A mask over [b, h]. Memory: O(s), with block_size c O(s c) while it is made.
 
     Raises:
       ValueError: when window or block_size < 1, or `select` is unknown.
@@ -131,13 +97,7 @@ def dynamic_mask(
     end = jnp.repeat(end.astype(jnp.int32), groups, axis=1)
     if block_size == 1:
         return Full() if select == "topk" and window >= s else KeptUntil(end)
-    at = jnp.arange(s, dtype=jnp.int32)
-    kept = (at[None, :] <= at[:, None])[None, None] & (at[:, None][None, None] < end[:, :, None])
-    runs = -(-s // block_size)
-    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, runs * block_size - s)))
-    count = kept.reshape(b, -1, s, runs, block_size).sum(-1, dtype=jnp.int32)
-    length = jnp.minimum(s - jnp.arange(runs, dtype=jnp.int32) * block_size, block_size)
-    return BlockPattern(2 * count > length[None, None, None], 1, block_size)
+    return _whole_runs(end, block_size)
 
 
 def dynamic_mask_attention(
@@ -343,7 +303,10 @@ class DynamicMaskAttention(SequenceMixer):
     ) -> jax.Array:
         """Attention of new tokens to the kept and the new, and the cache of the next call."""
         cache: KeptCache = call.cache
-        _refuse_score_edits(self, call)
+        check_no_scores(
+            "DynamicMaskAttention", dataclasses.replace(call, dropout_key=None), "with a cache",
+            "since it holds some keys only; call the module on the whole text",
+        )  # fmt: skip
         b, t = q.shape[:2]
         slots = cache.key.shape[1]
         count = valid_count(call.valid, call.positions).astype(jnp.int32)
@@ -445,21 +408,30 @@ def _survival(
     return end.reshape(b, g, n), kept.reshape(b, g, window)
 
 
+def _whole_runs(end: Int[Array, "b h s"], size: int) -> Mask:
+    """Runs of `size` keys, shown where more than half of the run is kept and not in the future.
+
+    Keys only ever drop out, so that a run behind the query's is shown until its majority is gone:
+    one number for each run. The run of the query itself is counted query by query.
+    """
+    b, h, s = end.shape
+    runs = jnp.pad(end, ((0, 0), (0, 0), (0, -s % size))).reshape(b, h, -1, size)
+    first = jnp.arange(runs.shape[2], dtype=jnp.int32) * size
+    majority = jnp.minimum(s - first, size) // 2 + 1
+    lasting = -jnp.sort(-runs, axis=-1)
+    lasting = jnp.take_along_axis(lasting, (majority - 1)[None, None, :, None], axis=-1)
+    lasting = jnp.repeat(lasting[..., 0], size, axis=-1)[..., :s]
+    place = jnp.arange(size, dtype=jnp.int32)
+    at = (first[:, None] + place[None])[None, None, ..., None]
+    kept = (place[None] <= place[:, None])[None, None, None] & (runs[:, :, :, None] > at)
+    own = kept.sum(-1, dtype=jnp.int32) >= majority[None, None, :, None]  # [b, h, runs, size]
+    own = own.reshape(b, h, -1)[..., :s].swapaxes(1, 2)
+    return (Chunked(size) & query_set(own)) | (~SinceGroup(size) & KeptUntil(lasting))
+
+
 def _by_head(bias: jax.Array, heads: int) -> jax.Array:
     """Bias [b, s, g] as [b, h, 1, s]."""
     return jnp.repeat(bias.transpose(0, 2, 1), heads // bias.shape[2], axis=1)[:, :, None]
-
-
-def _refuse_score_edits(module: SequenceMixer, call: Call) -> None:
-    """With dropped keys, scores have no place for every token of the text."""
-    tap, edits = call.tap, call.tap.edits
-    fields = [n for n in ("score_bias", "weight_edit", "key_mask") if getattr(edits, n) is not None]
-    sites = [s for s in ("scores", "weights") if s in tap.capture or tap.edits_site(s)]
-    if fields or sites:
-        raise NotImplementedError(
-            f"{type(module).__name__}: {', '.join(fields + sites)} with a cache is not supported, "
-            "since it holds some keys only; call the module on the whole text."
-        )
 
 
 def _check_options(name: str, window: int, select: str, block_size: int) -> None:

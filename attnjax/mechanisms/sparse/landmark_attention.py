@@ -25,7 +25,6 @@ Transformers", 2023, arXiv:2305.16300; official code epfml/landmark-attention.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -34,13 +33,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from attnjax.cache.base import cache_bytes, valid_count, write_rows
-from attnjax.checks import check_qkv
+from attnjax.checks import check_qkv, check_segments
 from attnjax.dense import qk_scores, softmax_weights, weighted_values
+from attnjax.merge import merge_attention
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.positions.rope import Layout
 from attnjax.spec import Mechanism
-from attnjax.taps import Edits
 from pallas_kernels.tilemath import accumulator_dtype
 
 TILE_SCORES = 1 << 16
@@ -139,6 +138,7 @@ def landmark_attention(
     *,
     block: int | None = None,
     is_landmark: Bool[Array, "b s"] | None = None,
+    segment_ids: Int[Array, "b s"] | None = None,
     q_offset: Int[Array, " b"] | int = 0,
     scale: float | None = None,
 ) -> Float[Array, "b t h e"]:
@@ -148,17 +148,21 @@ def landmark_attention(
       query, key, value: shapes as annotated; h a multiple of g. Positions are applied before.
       block: tokens per block with its landmark, mem_freq + 1: token j is a landmark iff
         j mod block = block - 1. Tiles of one block each are scanned.
-      is_landmark: landmarks at any places instead; then all scores are kept in memory.
+      is_landmark: landmarks at any places instead; a few queries at a time see all keys.
+      segment_ids: documents packed in a row, which do not see each other; with `is_landmark`, and
+        with all queries at once (s = t).
       q_offset: index of the first query among the keys, an integer or [b].
       scale: None is d^-0.5.
 
     Returns:
       Output in the dtype of `query`.
 
-    Memory: O(t block) per head with `block`, O(t s) with `is_landmark`. Time: O(t s).
+    Memory: O(t block) per head with `block`, O(s) with `is_landmark`; 65536 scores where that is
+    more. Time: O(t s).
 
     Raises:
-      ValueError: on shapes that do not fit, block < 2, or not exactly one of block, is_landmark.
+      ValueError: on shapes that do not fit, block < 2, not exactly one of block, is_landmark, or
+        segment_ids without is_landmark.
 
     Example: >>> landmark_attention(q, k, v, block=51).shape == v.shape
     """
@@ -169,14 +173,52 @@ def landmark_attention(
     offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32).reshape(-1), (b,))
     at = offset[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     if is_landmark is not None:
-        keys = jnp.arange(key.shape[1], dtype=jnp.int32)
-        visible = (keys[None, None, :] <= at[:, :, None])[:, None]
-        weights = grouped_softmax(qk_scores(query, key, scale), is_landmark, visible)
-        return weighted_values(weights, value).astype(query.dtype)
+        return _scan_queries(query, key, value, at, is_landmark, segment_ids, scale)
+    if segment_ids is not None:
+        raise ValueError(
+            "landmark_attention: segment_ids need is_landmark, where each document has its own "
+            "landmarks, for example positions % block == block - 1."
+        )
     assert block is not None
     if block < 2:
         raise ValueError(f"landmark_attention: block={block} must be at least 2: token, landmark.")
     return _scan_blocks(query, key, value, at, block, scale)
+
+
+def _scan_queries(
+    query: jax.Array, key: jax.Array, value: jax.Array, at: jax.Array, is_landmark: jax.Array,
+    segment_ids: Any, scale: Any,
+) -> jax.Array:  # fmt: skip
+    """Queries at indices `at` [b, t], as many at a time as give `TILE_SCORES` scores."""
+    b, t = query.shape[:2]
+    s = key.shape[1]
+    if segment_ids is not None:
+        check_segments("landmark_attention", segment_ids, b, t)
+    keys = jnp.arange(s, dtype=jnp.int32)
+
+    def attend(query: jax.Array, at: jax.Array, ids: Any) -> jax.Array:
+        visible = keys[None, None, :] <= at[:, :, None]
+        if ids is not None:
+            visible &= (ids[:, :, None] == segment_ids[:, None]) & (ids >= 0)[:, :, None]
+        weights = grouped_softmax(qk_scores(query, key, scale), is_landmark, visible[:, None])
+        return weighted_values(weights, value).astype(query.dtype)
+
+    size = max(1, TILE_SCORES // s)
+    if size >= t:
+        return attend(query, at, segment_ids)
+    n = -(-t // size)
+
+    def split(a: jax.Array, fill: int) -> jax.Array:
+        pad = [(0, 0)] * a.ndim
+        pad[1] = (0, n * size - t)
+        wide = jnp.pad(a, pad, constant_values=fill)
+        return wide.reshape(b, n, size, *a.shape[2:]).swapaxes(0, 1)
+
+    ids = None if segment_ids is None else split(segment_ids, -1)
+    # keep no scores for the gradient: they are computed again
+    step = jax.checkpoint(lambda part: attend(*part))
+    out = jax.lax.map(step, (split(query, 0), split(at, -1), ids))
+    return out.swapaxes(0, 1).reshape(b, n * size, *out.shape[3:])[:, :t]
 
 
 def _scan_blocks(
@@ -197,18 +239,18 @@ def _scan_blocks(
 
     def step(carry: Any, tile: Any) -> tuple[Any, None]:
         first, k, v = tile
-        scores, kept = _open(qk_scores(query, k, scale), at, first, block)
-        return _accumulate(carry, scores, kept, v, dtype), None
+        weights = _open(qk_scores(query, k, scale), at, first, block)
+        return merge_attention([carry, _values(*weights, v)]), None
 
-    empty = _nothing(b, h, t, e, dtype)
+    empty = jnp.zeros((b, t, h, e), dtype), jnp.full((b, t, h), -jnp.inf, dtype)
     first = jnp.arange(n, dtype=jnp.int32) * (width * block)
     # keep no tile for the gradient: its scores are computed again
-    carry, _ = jax.lax.scan(jax.checkpoint(step), empty, (first, *tiles))
-    return _normalized(carry, query.dtype)
+    (out, _), _ = jax.lax.scan(jax.checkpoint(step), empty, (first, *tiles))
+    return out.astype(query.dtype)
 
 
 def _open(scores: jax.Array, at: jax.Array, first: Any, block: int) -> tuple[jax.Array, jax.Array]:
-    """The shifted logits e [b, h, t, s] of whole blocks of keys, and which of them count.
+    """Weights among whole blocks of keys, and their log-sum-exp [b, h, t].
 
     Args:
       scores: [b, h, t, s]; the first key has the index `first`, a multiple of `block`.
@@ -222,35 +264,12 @@ def _open(scores: jax.Array, at: jax.Array, first: Any, block: int) -> tuple[jax
     tiles = tiles + jnp.where(own, jnp.zeros_like(gate), gate)
     place = jnp.arange(s, dtype=jnp.int32)[None, None]
     kept = (first + place <= at[:, :, None]) & (place % block < block - 1)
-    return tiles.reshape(b, h, t, s), kept[:, None]
+    return softmax_weights(tiles.reshape(b, h, t, s), kept[:, None])
 
 
-def _nothing(b: int, h: int, t: int, e: int, dtype: Any) -> tuple[jax.Array, ...]:
-    """Maximum, total and weighted values of a softmax over no key."""
-    return (
-        jnp.full((b, h, t, 1), -jnp.inf, dtype), jnp.zeros((b, h, t, 1), dtype),
-        jnp.zeros((b, t, h, e), dtype),
-    )  # fmt: skip
-
-
-def _accumulate(
-    carry: Any, scores: jax.Array, kept: jax.Array, value: jax.Array, dtype: Any
-) -> tuple[jax.Array, ...]:
-    """Adds keys [b, s, g, e] with logits [b, h, t, s] to a running softmax."""
-    top, total, out = carry
-    scores = jnp.where(kept, scores, -jnp.inf)
-    best = jax.lax.stop_gradient(jnp.maximum(top, scores.max(-1, keepdims=True)))
-    safe = jnp.where(jnp.isneginf(best), 0, best)
-    weights = jnp.exp(scores - safe)
-    less = jnp.exp(top - safe)
-    mixed = weighted_values(weights, value).astype(dtype)
-    return best, total * less + weights.sum(-1, keepdims=True), out * less.swapaxes(1, 2) + mixed
-
-
-def _normalized(carry: Any, dtype: Any) -> jax.Array:
-    _, total, out = carry
-    total = total.swapaxes(1, 2)
-    return (out / jnp.where(total == 0, 1, total)).astype(dtype)
+def _values(weights: jax.Array, lse: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A part for `merge_attention`: the mean of values [b, s, g, e], and lse [b, t, h]."""
+    return weighted_values(weights, value), lse.swapaxes(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +404,9 @@ class LandmarkAttention(SequenceMixer):
 
     The input holds the landmark tokens: put them in the ids with `insert_landmarks`. Token j of a
     row is a landmark iff j mod block = block - 1, counted by `positions` where `segment_ids` pack
-    several documents, unless a call says otherwise. Leave landmarks out of the loss.
+    several documents. Leave landmarks out of the loss. A call without a cache takes `is_landmark`
+    [b, t], booleans, for landmarks at other places. Positions do not go with a `LandmarkCache`,
+    which numbers tokens itself.
 
     `init_cache` gives the cache of exact decoding, which sees all blocks at true positions;
     `init_retrieval` the one that fetches `top_k` blocks per query.
@@ -394,15 +415,16 @@ class LandmarkAttention(SequenceMixer):
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       block: tokens per block with its landmark. Paper: 51 (mem_freq=50), LLaMA 64.
       rope_layout: "interleaved" as the language-model code, "half" as the LLaMA code.
-      **options: of `SequenceMixer`, except dropout_rate. Paper: rope_base=10000.
+      **options: of `SequenceMixer`. Paper: rope_base=10000.
 
     Raises:
       ValueError: when block < 2.
-      NotImplementedError: for dropout of the weights.
     """
 
     sites = HEAD_SITES
     grouped = rotary = True
+    drops = False
+    further = ("is_landmark",)
 
     def __init__(
         self,
@@ -422,10 +444,6 @@ class LandmarkAttention(SequenceMixer):
         if rope_layout not in ("half", "interleaved"):
             raise ValueError(
                 f"LandmarkAttention: rope_layout={rope_layout!r} must be 'half' or 'interleaved'."
-            )
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"LandmarkAttention: dropout_rate={self.dropout_rate} is not supported; use 0."
             )
         self.block = block
         self.pairs: Layout = rope_layout
@@ -456,54 +474,9 @@ class LandmarkAttention(SequenceMixer):
         dtype = (self.dtype or self.param_dtype) if dtype is None else dtype
         return LandmarkCache.create(*sizes, top_k=top_k, dtype=dtype, **options)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t m"],
-        *,
-        is_landmark: Bool[Array, "b t"] | None = None,
-        mask: Any = None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Any = None,
-        valid: Bool[Array, "b t"] | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: Any = None,
-        edits: Edits | None = None,
-        capture: Iterable[str] = (),
-    ) -> Any:
-        """As `SequenceMixer`, with the places of the landmarks.
-
-        Args:
-          x: [b, t, in_features].
-          is_landmark: which tokens are landmarks; None is every `block`-th. Not with a cache.
-          mask, positions, segment_ids, cache, valid, deterministic, dropout_rng, edits, capture: as
-            in `SequenceMixer`; no positions with a `LandmarkCache`, which numbers tokens itself.
-        """
-        name = type(self).__name__
-        if is_landmark is not None and cache is not None:
-            raise NotImplementedError(
-                f"{name}: is_landmark with a cache is not supported; every {self.block}th token of "
-                "a cached row is a landmark."
-            )
-        if is_landmark is not None and is_landmark.shape != x.shape[:2]:
-            raise ValueError(
-                f"{name}: is_landmark must have shape [batch, length] = {x.shape[:2]}, got "
-                f"{is_landmark.shape}."
-            )
-        if positions is not None and isinstance(cache, LandmarkCache):
-            raise NotImplementedError(
-                f"{name}: positions with LandmarkCache are not supported; it numbers tokens itself."
-            )
-        call = self.begin(
-            x, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, valid=valid,
-            deterministic=deterministic, dropout_rng=dropout_rng, edits=edits, capture=capture,
-        )  # fmt: skip
-        y = self.finish(call, self.mix(call, is_landmark))
-        return call.tap.result(y) if cache is None else call.tap.result(y, call.cache)
-
-    def mix(self, call: Call, is_landmark: Any = None) -> jax.Array:
+    def mix(self, call: Call) -> jax.Array:
         """Z [b, t, h, d]."""
-        x = call.x
+        x, is_landmark = call.x, self._marks(call)
         q, k, v = self.heads(call, self.query(x), self.key(x), self.value(x))
         if isinstance(call.cache, LandmarkCache):
             return self._retrieve(call, q, k, v)
@@ -517,10 +490,28 @@ class LandmarkAttention(SequenceMixer):
             return landmark_attention(q, k, v, block=self.block)
         if is_landmark is None:
             is_landmark = call.positions % self.block == self.block - 1
-        visible = call.keep(x.shape[1])
-        assert visible is not None  # causal
-        weights = grouped_softmax(qk_scores(q, k), is_landmark, visible)
-        return weighted_values(weights, v).astype(q.dtype)
+        return landmark_attention(q, k, v, is_landmark=is_landmark, segment_ids=call.segment_ids)
+
+    def _marks(self, call: Call) -> Any:
+        """The `is_landmark` of a call, checked."""
+        name, is_landmark = type(self).__name__, call.further["is_landmark"]
+        if call.placed and isinstance(call.cache, LandmarkCache):
+            raise NotImplementedError(
+                f"{name}: positions with LandmarkCache are not supported; it numbers tokens itself."
+            )
+        if is_landmark is None:
+            return None
+        if call.cache is not None:
+            raise NotImplementedError(
+                f"{name}: is_landmark with a cache is not supported; every {self.block}th token of "
+                "a cached row is a landmark."
+            )
+        if is_landmark.shape != call.x.shape[:2] or is_landmark.dtype != jnp.bool_:
+            raise ValueError(
+                f"{name}: is_landmark must be boolean of shape [batch, length] = "
+                f"{call.x.shape[:2]}, got {is_landmark.dtype} {is_landmark.shape}."
+            )
+        return is_landmark
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotary embedding of x [b, t, h, d] at positions [b, t] or [b, h, t]."""
@@ -540,14 +531,13 @@ class LandmarkAttention(SequenceMixer):
         local_k, local_v = cache.local(k, v, call.valid)
         place = jnp.arange(local_k.shape[1], dtype=jnp.int32)
         local_k = self._turn(local_k, start[:, None] + place[None])
-        scores, kept = _open(qk_scores(q, local_k), at, 0, self.block)
-        fetched = self._fetched(cache, q)
-        z = _accumulate(fetched, scores, kept, local_v, accumulator_dtype(q.dtype))
+        local = _values(*_open(qk_scores(q, local_k), at, 0, self.block), local_v)
+        z, _ = merge_attention([self._fetched(cache, q), local])
         call.cache = cache.append(k, v, call.valid)
-        return _normalized(z, q.dtype)
+        return z.astype(q.dtype)
 
-    def _fetched(self, cache: LandmarkCache, q: jax.Array) -> tuple[jax.Array, ...]:
-        """A running softmax over the best `top_k` stored blocks of each query [b, t, h, d]."""
+    def _fetched(self, cache: LandmarkCache, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Output and lse over the best `top_k` stored blocks of each query [b, t, h, d]."""
         c, (b, t, h, d) = self.block, q.shape
         n, top_k = cache.key.shape[1], cache.top_k
         seen, stored, _ = cache.sizes
@@ -593,8 +583,7 @@ class LandmarkAttention(SequenceMixer):
         out = jnp.einsum(
             "bhtx,bhtxe->bthe", weights, picked.reshape(b, h, t, top_k * c, -1).astype(dtype)
         )
-        top = lse[..., None]
-        return top, (~jnp.isneginf(top)).astype(dtype), out.astype(dtype)
+        return out.astype(dtype), lse.swapaxes(1, 2)
 
 
 def _example() -> tuple[LandmarkAttention, jax.Array]:

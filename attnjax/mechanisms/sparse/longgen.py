@@ -48,8 +48,10 @@ def layer_kinds(
       One boolean per layer, True for full attention.
 
     Raises:
-      ValueError: for a fraction outside of [0, 1] or an unknown placement.
+      ValueError: for a fraction outside of [0, 1], an unknown placement, or no layer.
     """
+    if num_layers < 1:
+        raise ValueError(f"longgen: num_layers must be at least 1, got {num_layers}.")
     if not 0.0 <= full_fraction <= 1.0:
         raise ValueError(f"longgen: full_fraction must be in [0, 1], got {full_fraction}.")
     if placement not in PLACEMENTS:
@@ -86,7 +88,7 @@ def longgen_layers(
       A pattern of exactly `num_layers` layers.
 
     Raises:
-      ValueError: for unknown options.
+      ValueError: for unknown options, or sizes out of range.
 
     Example: >>> longgen_layers(6, sparse="sink", window=128, sinks=4)
     'window(128)+sink(4)*2, softmax*2, window(128)+sink(4)*2'
@@ -97,6 +99,11 @@ def longgen_layers(
     }
     if sparse not in items:
         raise ValueError(f"longgen: sparse={sparse!r} is none of {', '.join(items)}.")
+    if min(window, block, stride, local) < 1 or sinks < 0:
+        raise ValueError(
+            "longgen: needs window, block, stride and local of at least 1 and sinks >= 0, got "
+            f"window={window}, block={block}, stride={stride}, local={local}, sinks={sinks}."
+        )
     runs: list[list[Any]] = []
     for full in layer_kinds(num_layers, full_fraction, placement):
         item = "softmax" if full else items[sparse]
@@ -212,11 +219,14 @@ class BlockStrideAttention(MultiHeadAttention):
       stride: s, every how many blocks one stays visible; 1 is dense.
       local_blocks: l, blocks visible as a whole, counting the query's own.
       offset: which of each s blocks stays; 0 keeps the first block of the text as a sink.
-      **options: of `MultiHeadAttention`, except causal, window and sinks.
+      **options: of `MultiHeadAttention`, except window and sinks; causal is always True.
 
     Raises:
       ValueError: when block, stride or local_blocks < 1, or offset is not in [0, stride).
+      NotImplementedError: for causal=False.
     """
+
+    directions = ("causal",)
 
     def __init__(
         self,
@@ -237,20 +247,16 @@ class BlockStrideAttention(MultiHeadAttention):
                     f"BlockStrideAttention: {fixed}={options[fixed]} has no meaning here; "
                     "use local_blocks and offset."
                 )
-        if not options.pop("causal", True):
-            raise ValueError("BlockStrideAttention: is always causal; leave causal out.")
-        if not 0 <= offset < stride:
+        if min(block, stride, local_blocks) < 1 or not 0 <= offset < stride:
             raise ValueError(
-                f"BlockStrideAttention: offset={offset} must be in [0, stride={stride})."
+                "BlockStrideAttention: needs block, stride and local_blocks of at least 1 and "
+                f"0 <= offset < stride, got block={block}, stride={stride}, local_blocks="
+                f"{local_blocks}, offset={offset}."
             )
-        super().__init__(num_heads, in_features, qkv_features, out_features, causal=True, **options)
-        self.block, self.stride, self.local_blocks, self.offset = (
-            block,
-            stride,
-            local_blocks,
-            offset,
-        )
-        self.layout()  # checks the sizes
+        options = {"causal": True, **options}
+        super().__init__(num_heads, in_features, qkv_features, out_features, **options)
+        self.block, self.stride = block, stride
+        self.local_blocks, self.offset = local_blocks, offset
 
     def layout(self, is_causal: bool = False, segment_ids: Any = None) -> Any:
         """The module's own mask; its blocks count from the start of the row, packed or not.
@@ -268,23 +274,14 @@ class BlockStrideAttention(MultiHeadAttention):
           max_length: tokens per row, prompt and continuation together.
           dtype: of keys and values; None is the module's dtype, or float32.
         """
-        dtype = self.dtype or jnp.float32 if dtype is None else dtype
         store = -(-max_length // (self.block * self.stride)) * self.block
         if self.local_blocks * self.block + store >= max_length:
-            return DenseCache.create(
-                batch, max_length, self.num_kv_heads, self.head_dim, dtype=dtype
-            )
+            return super().init_cache(batch, max_length, dtype)
         return StridedCache.create(
-            batch,
-            max_length,
-            self.num_kv_heads,
-            self.head_dim,
-            dtype=dtype,
-            block=self.block,
-            stride=self.stride,
-            local_blocks=self.local_blocks,
-            offset=self.offset,
-        )
+            batch, max_length, self.num_kv_heads, self.head_dim,
+            dtype=self.dtype or jnp.float32 if dtype is None else dtype, block=self.block,
+            stride=self.stride, local_blocks=self.local_blocks, offset=self.offset,
+        )  # fmt: skip
 
 
 def _example() -> tuple[BlockStrideAttention, jax.Array]:

@@ -35,6 +35,7 @@ from attnjax.attention import attention
 from attnjax.cache.base import cache_bytes, check_room, valid_count, write_rows
 from attnjax.checks import check_qkv
 from attnjax.dense import softmax_weights
+from attnjax.mechanisms.sparse.gathered import in_parts
 from attnjax.mixer import HEAD_SITES, Call, SequenceMixer
 from attnjax.positions import apply_rope, rope_frequencies
 from attnjax.spec import Mechanism
@@ -143,22 +144,12 @@ def _attend(
     chosen: int, rope_base: float | None, cut: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Attention of queries [b, t, h, d], not rotated, at indices `at` to chunks [b, n, w, g, .]."""
-    t, w = query.shape[1], key.shape[2]
-    step = min(t, max(1, GATHERED_KEYS // (min(chosen, key.shape[1]) * w)))
 
-    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend_some(*part, key, value, keys, chosen, rope_base, cut)
+    def some(query: jax.Array, at: jax.Array) -> jax.Array:
+        return _attend_some(query, at, key, value, keys, chosen, rope_base, cut)
 
-    if step == t:
-        return some((query, at))
-
-    def split(a: jax.Array) -> jax.Array:
-        a = jnp.pad(a, ((0, 0), (0, -t % step)) + ((0, 0),) * (a.ndim - 2))
-        return a.reshape(a.shape[0], -1, step, *a.shape[2:]).swapaxes(0, 1)
-
-    # keep no gathered keys for the gradient: they are gathered again
-    out = jax.lax.map(jax.checkpoint(some), (split(query), split(at)))
-    return out.swapaxes(0, 1).reshape(out.shape[1], -1, *out.shape[3:])[:, :t]
+    read = min(chosen, key.shape[1]) * key.shape[2]
+    return in_parts(some, max(1, GATHERED_KEYS // read), query, at)
 
 
 def _attend_some(
@@ -303,7 +294,7 @@ class LongHeadsAttention(SequenceMixer):
 
     sites = HEAD_SITES
     grouped = rotary = True
-    packed = False
+    packed = drops = False
 
     def __init__(
         self,
@@ -320,11 +311,6 @@ class LongHeadsAttention(SequenceMixer):
         super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
         self.chosen = _chunks("LongHeadsAttention", chunk, attended)
         self.chunk, self.attended = chunk, attended
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"LongHeadsAttention: dropout_rate={self.dropout_rate} is not supported; it is "
-                "for models that are trained already."
-            )
         groups = (self.num_kv_heads, self.head_dim)
         self.query = self.projection((num_heads, self.head_dim), rngs=rngs)
         self.key = self.projection(groups, rngs=rngs)

@@ -32,12 +32,11 @@ from attnjax.attention import attention
 from attnjax.cache import DenseCache
 from attnjax.cache.base import cache_bytes, new_positions
 from attnjax.checks import check_qkv, check_segments
-from attnjax.masks import Causal, Mask, Sink, Window
-from attnjax.masks.keys import document_sinks
+from attnjax.documents import document_starts
+from attnjax.masks import Causal, Mask, Sink, Window, document_sinks, query_set
 from attnjax.mechanisms.linear.linear_attention import linear_attention
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
-from pallas_kernels.maskprogram import look_up, mask_node, to_class
 from pallas_kernels.tilemath import accumulator_dtype
 
 CRITERIA = ("running", "stored", "oracle")
@@ -53,52 +52,6 @@ class KeyMoments(NamedTuple):
 
     mean: jax.Array
     covariance: jax.Array
-
-
-@mask_node("counts", "start")
-class QuerySet(Mask):
-    """Queries of a set see every key, the others none; see `query_set`.
-
-    Attributes:
-      counts: [b, h, t + 1] int32, members among the first 0, 1, ..., t queries.
-      start: absolute index of the first query, 0 or [b] int32.
-    """
-
-    counts: Any
-    start: Any
-
-    @property
-    def num_heads(self) -> int | None:
-        """Heads of `counts`, None when one serves all."""
-        return self.counts.shape[1] if self.counts.shape[1] > 1 else None
-
-    @property
-    def batch_size(self) -> int | None:
-        """Rows of `counts`, None when one serves all."""
-        return self.counts.shape[0] if self.counts.shape[0] > 1 else None
-
-    def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        """See `MaskProgram.predicate`."""
-        return self._members(b, h, q, q + 1) > 0
-
-    def _classify(self, xp: Any, b: Any, h: Any, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        count = self._members(b, h, q0, q1) + 0 * k0
-        return to_class(xp, count == 0, count == q1 - q0)
-
-    def _members(self, b: Any, h: Any, q0: Any, q1: Any) -> Any:
-        start = self.start if isinstance(self.start, int) else look_up(self.start, b)
-        return look_up(self.counts, b, h, q1 - start) - look_up(self.counts, b, h, q0 - start)
-
-
-def query_set(queries: Bool[Array, "b t h"], start: Any = 0) -> QuerySet:
-    """The mask under which the given queries see every key and the others none.
-
-    Args:
-      queries: by row and head.
-      start: absolute index of the first query, 0 or [b] int32.
-    """
-    counts = jnp.cumsum(queries.swapaxes(1, 2), axis=2, dtype=jnp.int32)
-    return QuerySet(jnp.pad(counts, ((0, 0), (0, 0), (1, 0))), start)
 
 
 def key_moments(key: Float[Array, "b s g d"], keep: Bool[Array, "b s"] | None = None) -> KeyMoments:
@@ -181,8 +134,7 @@ def running_log_mass(
     at = new_positions(begin, t)
     first = jnp.zeros_like(at)
     if segment_ids is not None:
-        begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        first = lax.cummax(jnp.where(begins, at, 0), axis=1)
+        first = document_starts(segment_ids)
     first = first + sinks
 
     def keys_at(index: jax.Array) -> jax.Array:
@@ -466,8 +418,7 @@ def _local_queries(
         assert moments is not None  # checked by the callers
         at = new_positions(jnp.zeros((b,), jnp.int32) if start is None else start, t)
         if segment_ids is not None:
-            begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-            at = at - lax.cummax(jnp.where(begins, at, 0), axis=1)
+            at = at - document_starts(segment_ids)
         log_rest = gaussian_log_mass(query, moments, jnp.maximum(at - local - sinks + 1, 0), scale)
     else:
         log_rest, state = running_log_mass(

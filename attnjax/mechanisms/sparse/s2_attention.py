@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnjax.cache import DenseCache, StridedCache
 from attnjax.cache.base import cache_bytes
+from attnjax.checks import check_no_scores
 from attnjax.masks import BlockPattern, Causal, Mask, Strided, per_head
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
@@ -71,7 +72,8 @@ def local_stride_layout(
       offset: phase of head 0, in blocks; 0 reads the first block.
       homo: one phase for all heads, as LongGen.
       causal: whether blocks of the future are hidden.
-      relative: count the stride from the edge of the band; None does so where not causal.
+      relative: count the stride from the edge of the band, which leaves step, offset and homo
+        without a meaning; None does so where not causal.
       past_length: tokens already cached: their rows of blocks are left out.
       q_start, kv_start: first query and key of this part of a longer text, multiples of `block`.
 
@@ -85,11 +87,13 @@ def local_stride_layout(
     """
     heads = 1 if homo else num_heads
     groups = heads if homo or num_kv_heads is None else num_kv_heads
-    _check(heads, groups, block, local_blocks, stride, dense_heads, homo)
+    name = "local_stride_layout"
+    _check(name, heads, groups, block, local_blocks, stride, dense_heads, homo)
+    if length < 1:
+        raise ValueError(f"{name}: length={length} must be at least 1 token.")
     if q_start % block or kv_start % block:
         raise ValueError(
-            f"local_stride_layout: q_start={q_start} and kv_start={kv_start} must be multiples of "
-            f"block={block}."
+            f"{name}: q_start={q_start} and kv_start={kv_start} must be multiples of block={block}."
         )
     blocks = -(-length // block)
     i = q_start // block + np.arange(blocks)[:, None]
@@ -232,13 +236,15 @@ class S2Attention(SequenceMixer):
     Args:
       num_heads, in_features, qkv_features, out_features: as in `SequenceMixer`.
       block: c, tokens per block. phi-3-small: 64.
-      local_blocks: l, near blocks, counting the query's own. phi-3-small: 16.
+      local_blocks: l, near blocks, counting the query's own; (left, right) where not causal, an
+        integer being both. phi-3-small: 16.
       stride: s; None is the number of key heads but at most 8, so that the heads cover all blocks.
         phi-3-small: 8.
       dense_heads: key heads that see everything, the last ones.
-      step: phase between key heads; None is max(1, s // num_heads).
-      offset: phase of head 0.
+      step: phase between key heads; None is max(1, s // num_heads). Causal only.
+      offset: phase of head 0. Causal only.
       homo: one phase for all heads, as LongGen; the far context is then not covered, on purpose.
+        Causal only.
       **options: of `SequenceMixer`. The paper keeps some layers dense: mix with "softmax" layers.
 
     Raises:
@@ -260,7 +266,7 @@ class S2Attention(SequenceMixer):
         out_features: int | None = None,
         *,
         block: int = 64,
-        local_blocks: int = 16,
+        local_blocks: int | tuple[int, int] = 16,
         stride: int | None = None,
         dense_heads: int = 0,
         step: int | None = None,
@@ -272,8 +278,21 @@ class S2Attention(SequenceMixer):
         super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
         groups = self.num_kv_heads
         stride = min(8, groups) if stride is None else stride
-        _check(num_heads, groups, block, local_blocks, stride, dense_heads, homo)
-        self.block, self.local_blocks, self.stride = block, local_blocks, stride
+        _check(
+            "S2Attention", num_heads, groups, block, local_blocks, stride, dense_heads, homo
+        )  # fmt: skip
+        if self.causal and not isinstance(local_blocks, int):
+            raise ValueError(
+                f"S2Attention: local_blocks={local_blocks} must be one number with causal=True."
+            )
+        if not self.causal and (step is not None or offset or homo):
+            raise ValueError(
+                f"S2Attention: step={step}, offset={offset} and homo={homo} have no meaning with "
+                "causal=False, where all heads count from the edge of their band; leave them out."
+            )
+        both = (local_blocks, local_blocks) if isinstance(local_blocks, int) else local_blocks
+        self.local_blocks, self.right_blocks = both
+        self.block, self.stride = block, stride
         self.phase = {"dense_heads": dense_heads, "step": step, "offset": offset, "homo": homo}
         offsets = head_offsets(num_heads, groups, stride, **self.phase)
         self.offsets = tuple(int(o) for o in offsets)
@@ -294,17 +313,21 @@ class S2Attention(SequenceMixer):
 
         Args:
           length: tokens; needed where not causal.
+
+        Raises:
+          ValueError: without a length where not causal.
         """
-        sizes = (self.block, self.stride, self.local_blocks)
-        repeats = self.num_heads // self.num_kv_heads
         if not self.causal:
-            assert length is not None
+            if length is None:
+                raise ValueError("S2Attention: layout needs the length with causal=False.")
             blocks = local_stride_layout(
                 self.num_heads, length, num_kv_heads=self.num_kv_heads, block=self.block,
-                local_blocks=self.local_blocks, stride=self.stride, causal=False,
-                dense_heads=self.phase["dense_heads"],
+                local_blocks=(self.local_blocks, self.right_blocks), stride=self.stride,
+                causal=False, dense_heads=self.phase["dense_heads"],
             )  # fmt: skip
             return BlockPattern(blocks, self.block)
+        sizes = (self.block, self.stride, self.local_blocks)
+        repeats = self.num_heads // self.num_kv_heads
         if min(self.offsets) >= 0:
             if len(set(self.offsets)) == 1:
                 return Strided(*sizes, self.offsets[0])
@@ -344,27 +367,17 @@ class S2Attention(SequenceMixer):
         q, k = self.rotate(call, q, k)
         if not isinstance(call.cache, S2Cache):
             return self.attend(call, q, k, v, layout=self.layout(x.shape[1]))[0]
-        edits = call.tap.edits
-        given = {
-            "mask": call.mask, "key_mask": edits.key_mask, "score_bias": edits.score_bias,
-            "weight_edit": call.tap.weight_edit(), "an edit of scores": call.tap.score_mod(0),
-            "dropout": call.dropout_key,
-        }  # fmt: skip
-        odd = [name for name, value in given.items() if value is not None]
-        odd += [f"capture={s!r}" for s in ("scores", "weights") if s in call.tap.capture]
-        if odd:
-            raise NotImplementedError(
-                f"S2Attention: {', '.join(odd)} with S2Cache is not supported, it keeps some keys "
-                "only; use DenseCache.create(...) as the cache of this layer."
-            )
+        check_no_scores(
+            "S2Attention", call, "with S2Cache",
+            "it keeps some keys only; use DenseCache.create(...) as the cache of this layer",
+        )  # fmt: skip
         (z, _), call.cache = call.cache.attend(q, k, v, valid=call.valid)
         return z
 
 
 def _check(
-    heads: int, groups: int, block: int, local: Any, stride: int, dense: int, homo: bool
+    name: str, heads: int, groups: int, block: int, local: Any, stride: int, dense: int, homo: bool
 ) -> None:
-    name = "S2Attention"
     if heads % groups:
         raise ValueError(f"{name}: num_kv_heads={groups} must divide num_heads={heads}.")
     sides = (local,) if isinstance(local, int) else tuple(local)

@@ -248,6 +248,8 @@ class NeighborhoodAttention(MultiHeadAttention):
       ValueError: for sizes that do not fit, or options without meaning on maps.
     """
 
+    packed = masked = rotary = decodes = drops = False
+
     def __init__(
         self,
         num_heads: int,
@@ -333,16 +335,17 @@ class NeighborhoodAttention(MultiHeadAttention):
                 f"{name}: x must have shape [batch, *shape, {self.in_features}] with 1 to 3 token "
                 f"axes, got {x.shape}."
             )
-        tap = Tap(edits, capture, sites=self.sites, name=name)
         given = x.shape[1:-1]
         if self.auto_pad and pre_permuted is None:
             x = self._padded(x)
         b, shape = x.shape[0], x.shape[1:-1]
         flat = x.reshape(b, -1, self.in_features)
-        q, k, v = self._project(tap, flat, flat, flat, None, None)
+        call = self.begin(flat, edits=edits, capture=capture)
+        tap = call.tap
+        q, k, v = self._project(call, flat, flat)
         q, k, v = (a.reshape(b, *shape, *a.shape[2:]) for a in (q, k, v))
         z = self._windows(tap, q, k, v, additional_keys, additional_values, pre_permuted)
-        y = self._output(tap, tap.heads(z.reshape(b, -1, *z.shape[-2:])))
+        y = self.finish(call, z.reshape(b, -1, *z.shape[-2:]))
         y = y.reshape(b, *shape, self.out_features)
         return tap.result(y[(slice(None), *(slice(n) for n in given))])
 
