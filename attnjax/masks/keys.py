@@ -11,7 +11,7 @@ from attnjax.documents import document_starts
 from attnjax.masks.arguments import of_row, size_along
 from attnjax.masks.base import Mask
 from attnjax.masks.sequences import range_minimum
-from pallas_kernels.maskprogram import look_up, mask_node, to_class
+from pallas_kernels.maskprogram import like, look_up, mask_node, to_class
 
 
 @mask_node("counts")
@@ -130,7 +130,7 @@ class KeptUntil(Mask):
 
     def predicate(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         """See `MaskProgram.predicate`."""
-        return q < look_up(self.end, b, h, k)
+        return q < like(look_up(self.end, b, h, k), q)
 
     def _classify(self, xp: Any, b: Any, h: Any, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         rows, heads, s = self.end.shape
