@@ -50,6 +50,7 @@ class Plan:
     """How much is measured.
 
     Attributes:
+      recall: the recall task.
       steps: optimizer steps of each task.
       lengths: tokens of the speed rows.
       full: whether the pass key is trained, and recall and flip-flop are also asked at twice the
@@ -57,14 +58,22 @@ class Plan:
       jobs: processes, a core each, that share out the mixers.
     """
 
+    recall: MQAR
     steps: dict[str, int]
     lengths: tuple[int, ...]
     full: bool
     jobs: int
 
 
-QUICK = Plan({"mqar": 250, "flip_flop": 100, "text": 40}, (1024,), False, 2)
+QUICK = Plan(
+    MQAR(num_pairs=3, text=20, symbols=16),
+    {"mqar": 300, "flip_flop": 100, "text": 60},
+    (1024,),
+    False,
+    2,
+)
 FULL = Plan(
+    MQAR(num_pairs=4, text=32, symbols=32),
     {"mqar": 1000, "flip_flop": 1500, "text": 1000, "passkey": 2000},
     (1024, 2048, 4096, 8192, 16384),
     True,
@@ -79,8 +88,7 @@ def default_mixers() -> list[str]:
 
 def measurements(mixer: str, plan: Plan) -> dict[str, Callable[[], Any]]:
     """What is measured of a mixer: name -> function that gives numbers."""
-    mqar = MQAR(num_pairs=4, text=32, symbols=32)
-    flip = FlipFlop(pairs=16)
+    mqar, flip = plan.recall, FlipFlop(pairs=16)
     recall, flips = {"trained": mqar}, {"trained": flip, "sparse": flip.sparse()}
     if plan.full:
         recall |= {"x2": mqar.longer(2)}

@@ -23,6 +23,12 @@ BYTES_CONTEXT = 256
 BATCH = 32
 
 
+QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 1}
+"""Trainings of the zoo are short: more time went into compiling them than it saved."""
+if jax.__version_info__ < (0, 11):
+    QUICK_COMPILE["xla_cpu_use_fusion_emitters"] = False
+
+
 def config(mixer: str, vocab_size: int, mlp_width: int = REFERENCE_MLP) -> LanguageModelConfig:
     """The model of the zoo with that mixer in every layer."""
     return LanguageModelConfig(
@@ -59,8 +65,17 @@ def build(mixer: str, vocab_size: int) -> LanguageModel:
 
 def accuracy(mixer: str, task: Task, tests: Mapping[str, Task], steps: int) -> dict[str, float]:
     """Trains on a task; the score on each of `tests`, by name."""
-    run = fit(build(mixer, task.vocab_size), task, steps=steps, batch_size=BATCH)
-    found = {name: evaluate(run.model, test) for name, test in tests.items()}
+    run = fit(
+        build(mixer, task.vocab_size),
+        task,
+        steps=steps,
+        batch_size=BATCH,
+        compiler_options=QUICK_COMPILE,
+    )
+    found = {
+        name: evaluate(run.model, test, compiler_options=QUICK_COMPILE)
+        for name, test in tests.items()
+    }
     return found | {"loss": float(run.losses[-20:].mean())}
 
 
@@ -70,7 +85,7 @@ def bits_per_byte(mixer: str, steps: int) -> float:
     cut = len(text) * 9 // 10
     model = build(mixer, 256)
     task = _Text(cut)
-    run = fit(model, task, steps=steps, batch_size=8)
+    run = fit(model, task, steps=steps, batch_size=8, compiler_options=QUICK_COMPILE)
     graph, state = nnx.split(run.model)
     rows = text[cut:][: 32 * (BYTES_CONTEXT + 1)].reshape(32, -1).astype(np.int32)
 

@@ -26,6 +26,7 @@ def line(row: Row) -> str:
 def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -> str:
     """The Markdown page: what was done, the picture, the table."""
     plan, machine = settings["plan"], settings["machine"]
+    recall = plan["recall"]
     lengths = [n for n in plan["lengths"] if any(f"speed_{n}" in row for row in rows)]
     passkey = any("passkey" in row for row in rows)
     header = ["mixer", "parameters", "MQAR", "MQAR x2", "flip-flop", "x2", "sparse"]
@@ -55,12 +56,14 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
             "|" + "---|" * len(header),
             *("| " + " | ".join(cells) + " |" for cells in body),
             "",
-            "MQAR: 4 pairs in 32 tokens, 16 values (a guess among the four values of a row is "
-            "right in 25 %). Flip-flop: 16 instructions; x2 has twice as many, sparse 98 % "
+            f"MQAR: {recall['num_pairs']} pairs in {recall['text']} tokens, "
+            f"{recall['symbols'] // 2} values (a guess among the values of a row is right in "
+            f"{100 / recall['num_pairs']:.0f} %). Flip-flop: 16 instructions; x2 has twice as many, sparse 98 % "
             "ignored. Bits per byte: held-out tenth of a mebibyte of Python's standard library. "
             "Speed: one row, float32; in brackets forward and backward. Cache: growth per token, "
             "and what does not grow; decoding at 256 tokens. A dash: the mechanism has no "
-            "step-by-step form, or the figure was not measured.",
+            "step-by-step form, or the figure was not measured. Masks and buckets that are wider than "
+            "these texts leave softmax attention as it is, and so its figures.",
             "",
         ]
     )

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import zoo, zoo_models, zoo_report
 
-TINY = zoo.Plan({"mqar": 2, "flip_flop": 2, "text": 1}, (64,), False, 1)
+TINY = zoo.Plan(zoo.QUICK.recall, {"mqar": 2, "flip_flop": 2, "text": 1}, (64,), False, 1)
 
 
 @pytest.mark.parametrize("mixer", zoo.default_mixers())
@@ -67,7 +67,7 @@ def test_a_dash_for_what_was_not_measured():
     assert "| - |" in zoo_report.page(
         [{"mixer": "softmax"}],
         {
-            "plan": {"lengths": [], "steps": {}},
+            "plan": {"lengths": [], "steps": {}, "recall": vars(zoo.QUICK.recall)},
             "machine": {"processor": "", "cores_used": 1, "versions": {"jax": ""}},
         },
         "zoo.png",

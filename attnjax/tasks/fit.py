@@ -9,6 +9,7 @@ For real data, sharding, checkpoints and logs use the trainer of the repository 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def fit(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
     every: int = 50,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Fit:
     """Trains with AdamW: 10 % warm-up, cosine decay, gradients clipped to norm 1.
 
@@ -54,6 +56,7 @@ def fit(
       seed: of the batches.
       report: called with the step and the mean loss since the last call, every `every` steps.
       every: steps that run as one compiled loop; divides nothing and changes no result.
+      compiler_options: of `jax.jit`; a short run may want one that compiles quickly.
 
     Returns:
       The trained model and the losses.
@@ -81,7 +84,7 @@ def fit(
         extra = captured["aux_loss"].astype(jnp.float32)  # NaN in layers that have none
         return task.loss(logits, batch) + jnp.where(jnp.isnan(extra), 0.0, extra).sum()
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def advance(carry: Any, first: jax.Array) -> Any:
         def step(carry: Any, index: jax.Array) -> Any:
             params, state = carry
@@ -106,7 +109,13 @@ def fit(
 
 
 def evaluate(
-    model: Any, task: Task, *, examples: int = 256, batch_size: int = 64, seed: int = 1
+    model: Any,
+    task: Task,
+    *,
+    examples: int = 256,
+    batch_size: int = 64,
+    seed: int = 1,
+    compiler_options: dict[str, Any] | None = None,
 ) -> float:
     """Mean score on fresh examples; they depend on the seed alone.
 
@@ -116,10 +125,11 @@ def evaluate(
       examples: how many, rounded up to whole batches.
       batch_size: examples at a time.
       seed: of the examples; other than that of the training.
+      compiler_options: of `jax.jit`.
     """
     graph, state = nnx.split(model)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def one(state: Any, index: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed + (1 << 20)), index)
         batch = task.batch(key, min(batch_size, examples))

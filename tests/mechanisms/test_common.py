@@ -121,6 +121,25 @@ def test_trains_as_the_mixer_of_a_language_model(name):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in mixer_ids() if TABLE[n].cache is not None and n != "longgen"]
+)
+def test_decodes_in_layers_that_run_as_one_loop(name):
+    """Sizes of the cache do not come from parameters, which have one more axis there."""
+    config = LanguageModelConfig(
+        vocab_size=12, width=16, num_layers=3, num_heads=2, mlp_width=32, mixers=name
+    )
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+
+    def call(state):
+        model = nnx.merge(graph, state)
+        _, cache = model(jnp.zeros((1, 9), jnp.int32), cache=model.init_cache(1, 16))
+        return model(jnp.zeros((1, 1), jnp.int32), cache=cache)[0]
+
+    assert jax.eval_shape(call, state).shape == (1, 1, 12)
+
+
 @pytest.mark.parametrize("name", MODULES)
 class TestModule:
     def test_shape_and_dtype(self, name):

@@ -190,6 +190,7 @@ class ChelaAttention(LinearMixer):
         self.feature_map, self.qk = feature_map, qk
         self.slopes = None if slopes is None else tuple(slopes)
         sides = 1 if self.causal else 2
+        self.conv_size = conv_size
         self.short = self.parameter(
             jax.random.uniform(
                 rngs.params(), (sides, conv_size, in_features), jnp.float32,
@@ -252,7 +253,7 @@ class ChelaAttention(LinearMixer):
         more = 1 if self.feature_map == "elu" else 0
         return {
             "state": (self.num_heads, self.key_dim, self.value_dim + more),
-            "short_conv": (self.short.shape[1] - 1, self.in_features),
+            "short_conv": (self.conv_size - 1, self.in_features),
             "long_conv": (max(self.lengths) - 1, self.in_features),
         }
 

@@ -562,11 +562,12 @@ class Miras(LinearMixer):
             self.threshold = self.projection(num_heads, ("heads",), rngs=rngs)
         d, hidden = self.head_dim, expansion * self.head_dim
         sizes = {"matrix": (d, d), "up": (hidden, d), "down": (d, hidden)}
+        self.matrices = tuple((name, sizes[name]) for name in MEMORIES[memory])
         self.initial = nnx.data({})
-        for name in MEMORIES[memory]:
-            matrix = jax.random.normal(rngs.params(), (num_heads, *sizes[name]))
+        for name, size in self.matrices:
+            matrix = jax.random.normal(rngs.params(), (num_heads, *size))
             if self.rule.retention != "entropy":
-                matrix = matrix * sizes[name][1] ** -0.5
+                matrix = matrix * size[1] ** -0.5
             self.initial[name] = self.parameter(matrix, ("heads", None, None))
         self.output_layers(gate=True, rngs=rngs)
 
@@ -574,8 +575,9 @@ class Miras(LinearMixer):
         """Shapes of one row's memories, of the moment and before its chunk, and convolutions."""
         shapes = super().state_shapes()
         del shapes["state"]
-        for name, matrix in self.initial.items():
-            shapes |= {name: matrix.shape, f"start_{name}": matrix.shape}
+        for name, (rows, columns) in self.matrices:
+            shape = (self.num_heads, rows, columns)
+            shapes |= {name: shape, f"start_{name}": shape}
         return shapes
 
     def mix(self, call: Call) -> jax.Array:
