@@ -38,7 +38,7 @@ dev: $(VENV)/.dev-stamp  ## Set up .venv with everything for development
 train: $(VENV)/.train-stamp  ## Train the demo model on real text (<= 5 minutes on 2 cores); resumes
 	$(BIN)/python -m train run demo $(ARGS)
 
-test: $(VENV)/.dev-stamp  ## Run the default tests (about half an hour on 2 cores)
+test: $(VENV)/.dev-stamp  ## Run the default tests (<= 20 minutes on 2 cores)
 	$(WITH_AOT) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 test-all: $(VENV)/.dev-stamp  ## Run all tests, the slow and the exhaustive ones too

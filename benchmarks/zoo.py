@@ -36,6 +36,7 @@ ALIASES = {"multi_head_attention", "lightning_attention_2"}
 """Ids that are other names of a mixer that runs anyway ("softmax", "lightning_attention")."""
 
 SETTINGS = {
+    "miras": "miras(memory=matrix)",
     "rcmha": "rcmha(encoding=sinusoid)",
     "dhsa": "dhsa(hidden=32,budget=64,local_tokens=16)",
 }
@@ -67,7 +68,7 @@ class Plan:
 
 QUICK = Plan(
     MQAR(num_pairs=3, text=20, symbols=16),
-    {"mqar": 300, "flip_flop": 100, "text": 60},
+    {"mqar": 250, "flip_flop": 100, "text": 40},
     (1024,),
     False,
     2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -37,12 +38,14 @@ def config(mixer: str, vocab_size: int, mlp_width: int = REFERENCE_MLP) -> Langu
     )  # fmt: skip
 
 
+@functools.cache
 def parameters(config: LanguageModelConfig) -> int:
     """Number of parameters, without making any."""
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+@functools.cache
 def equal_config(mixer: str, vocab_size: int) -> LanguageModelConfig:
     """The config whose MLP makes up for what the mixer has more or fewer than softmax attention.
 
@@ -89,7 +92,7 @@ def bits_per_byte(mixer: str, steps: int) -> float:
     graph, state = nnx.split(run.model)
     rows = text[cut:][: 32 * (BYTES_CONTEXT + 1)].reshape(32, -1).astype(np.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def nats(state: Any, rows: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, state)(rows[:, :-1])
         wanted = jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:, 1:, None], axis=-1)
@@ -142,13 +145,14 @@ def decoding(mixer: str, filled: int = 256, steps: int = 32) -> dict[str, float]
     model = build(mixer, 256)
     try:
         sizes = {
-            n: cache_bytes(jax.eval_shape(lambda n=n: model.init_cache(1, n))) for n in (1024, 4096)
+            n: cache_bytes(jax.eval_shape(lambda n=n: model.init_cache(1, n)))
+            for n in (1 << 13, 1 << 15)  # longer than any window, whose cache stops growing
         }
         cache = model.init_cache(1, filled + steps)
     except NotImplementedError:
         return None
     graph, state = nnx.split(model)
-    per_token = (sizes[4096] - sizes[1024]) / 3072
+    per_token = (sizes[1 << 15] - sizes[1 << 13]) / (3 << 13)
 
     @jax.jit
     def step(state: Any, tokens: jax.Array, cache: Any) -> Any:
@@ -165,5 +169,5 @@ def decoding(mixer: str, filled: int = 256, steps: int = 32) -> dict[str, float]
     return {
         "ms_per_token": 1e3 * (time.perf_counter() - start) / (steps - 2),
         "cache_bytes_per_token": per_token,
-        "cache_bytes_fixed": sizes[1024] - 1024 * per_token,
+        "cache_bytes_fixed": sizes[1 << 13] - (1 << 13) * per_token,
     }

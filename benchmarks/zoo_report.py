@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -58,12 +59,12 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
             "",
             f"MQAR: {recall['num_pairs']} pairs in {recall['text']} tokens, "
             f"{recall['symbols'] // 2} values (a guess among the values of a row is right in "
-            f"{100 / recall['num_pairs']:.0f} %). Flip-flop: 16 instructions; x2 has twice as many, sparse 98 % "
-            "ignored. Bits per byte: held-out tenth of a mebibyte of Python's standard library. "
-            "Speed: one row, float32; in brackets forward and backward. Cache: growth per token, "
-            "and what does not grow; decoding at 256 tokens. A dash: the mechanism has no "
-            "step-by-step form, or the figure was not measured. Masks and buckets that are wider than "
-            "these texts leave softmax attention as it is, and so its figures.",
+            f"{100 / recall['num_pairs']:.0f} %). Flip-flop: 16 instructions; x2 has twice as "
+            "many, sparse 98 % ignored. Bits per byte: held-out tenth of a mebibyte of Python's "
+            "standard library. Speed: one row, float32; in brackets forward and backward. Cache: "
+            "growth per token, and what does not grow; decoding at 256 tokens. A dash: the "
+            "mechanism has no step-by-step form, or the figure was not measured. Masks and "
+            "buckets that are wider than these texts leave softmax attention as it is, and so its figures.",
             "",
         ]
     )
@@ -108,6 +109,10 @@ def picture(rows: list[Row]) -> bytes:
             axis.plot(*zip(*shown, strict=True), "o", color=color, markersize=3.5, label=label)
         axis.set_title(title, fontsize=9)
         axis.set_xscale("log" if log else "linear")
+        if log:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, lw=0.5)
         axis.tick_params(labelsize=7)
         if len(series) > 1:
