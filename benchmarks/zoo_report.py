@@ -64,7 +64,8 @@ def page(rows: list[Row], settings: dict[str, Any], picture: str, quick: bool) -
             "standard library. Speed: one row, float32; in brackets forward and backward. Cache: "
             "growth per token, and what does not grow; decoding at 256 tokens. A dash: the "
             "mechanism has no step-by-step form, or the figure was not measured. Masks and "
-            "buckets that are wider than these texts leave softmax attention as it is, and so its figures.",
+            "buckets that are wider than these texts leave softmax attention as it is, and so "
+            "its figures.",
             "",
         ]
     )
