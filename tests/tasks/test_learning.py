@@ -11,13 +11,19 @@ from attnjax.models import LanguageModel, LanguageModelConfig
 pytestmark = pytest.mark.slow
 
 
+# other tests compile quickly; these run for longer than they compile
+OPTIMIZED = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+
+
 def trained(mixer, task, steps, num_heads=2, batch_size=64, **options):
     config = LanguageModelConfig(
         vocab_size=task.vocab_size, width=64, num_layers=2, num_heads=num_heads, mixers=mixer,
         tie_embeddings=False, **options,
     )  # fmt: skip
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    return tasks.fit(model, task, steps=steps, batch_size=batch_size).model
+    return tasks.fit(
+        model, task, steps=steps, batch_size=batch_size, compiler_options=OPTIMIZED
+    ).model
 
 
 def test_softmax_recalls():
