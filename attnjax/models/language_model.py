@@ -51,8 +51,7 @@ class LanguageModelConfig:
       scale_embeddings: multiply embeddings by sqrt(width) (TransNormerLLM).
       embed_std: standard deviation of the embedding table at the start. None: 1 for a table of its
         own, so that a token's vector is as large as what the mixers add to it, width^-0.5 where it
-        is scaled; 0.02 for an
-        unscaled table that also makes the logits.
+        is scaled; 0.02 for an unscaled table that also makes the logits.
       scan_layers: run repeated layers in `jax.lax.scan`; False unrolls them, same parameters.
       remat: what the backward pass keeps: "none" recomputes nothing, "full" all, "dots" keeps
         products with weights, "names" keeps what goes into the residual stream.

@@ -101,6 +101,8 @@ class LinearMixer(SequenceMixer):
       NotImplementedError: for dropout_rate > 0, as there are no weights to drop.
     """
 
+    drops = False
+
     def __init__(
         self,
         num_heads: int,
@@ -116,11 +118,6 @@ class LinearMixer(SequenceMixer):
     ):
         super().__init__(num_heads, in_features, qkv_features, out_features, rngs=rngs, **options)
         name = type(self).__name__
-        if self.dropout_rate:
-            raise NotImplementedError(
-                f"{name}: dropout_rate={self.dropout_rate} is not supported, a recurrence has no "
-                "weights to drop; leave dropout_rate=0."
-            )
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"{name}: chunk_size={chunk_size} must be at least 1 token, or None.")
         self.key_dim, self.value_dim = (

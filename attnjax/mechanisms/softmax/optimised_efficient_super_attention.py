@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnjax.attention import attention
 from attnjax.cache import DenseCache, TokenCache
 from attnjax.cache.base import new_positions, write_rows
+from attnjax.documents import document_starts
 from attnjax.mixer import SCORE_SITES, Call, SequenceMixer
 from attnjax.spec import Mechanism
 from pallas_kernels import tilemath
@@ -116,13 +117,6 @@ def _split(x: jax.Array, heads: int) -> jax.Array:
 def _lower(x: jax.Array) -> jax.Array:
     index = jnp.arange(x.shape[1])
     return (index[None, :] <= index[:, None])[None]
-
-
-def _places(segment_ids: jax.Array) -> jax.Array:
-    """Index of every token within its document [b, t]."""
-    index = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
-    new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - lax.cummax(jnp.where(new, index, jnp.zeros_like(index)), axis=1)
 
 
 class OptimisedEfficientSuperAttention(SequenceMixer):
@@ -234,7 +228,9 @@ class OptimisedEfficientSuperAttention(SequenceMixer):
         x, kernel = call.x, self.alignment[...]
         t = x.shape[1]
         if call.segment_ids is not None:
-            ids, places = call.segment_ids, _places(call.segment_ids)
+            ids = call.segment_ids
+            index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+            places = index - document_starts(ids)
             keep = ids[:, :, None] == ids[:, None, :]
             keep = keep & _lower(x) if call.causal else keep
             return align(x, kernel, rows=places, columns=places, keep=keep)
